@@ -1,0 +1,49 @@
+"""What several tests share: a small project of its own, and where the real images lie."""
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent/'shared'
+SMALL = dict(thumbnail_size=256, model_size=64, epochs=2, queue_size=16, patients=10, patients_b=5, image_size=256, rounds=2)
+
+
+def small_project(folder: Path, **changes) -> Path:
+    "A copy of the project's notebooks and settings in `folder`, with a demo of a few small images"
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(ROOT/'nbs', folder/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
+    shutil.copy(ROOT/'pyproject.toml', folder)
+    text = (ROOT/'settings.ini').read_text()
+    for key, value in (SMALL | changes).items():
+        text, n = re.subn(rf'(?m)^{key} = .*$', f'{key} = {value}', text)
+        assert n == 1, f'settings.ini has {n} keys named {key}'
+    (folder/'settings.ini').write_text(text)
+    return folder
+
+
+def mammo(*args, cwd, timeout=900, **env):
+    "Runs the command line in `cwd`"
+    cmd = [sys.executable, '-c', 'from mammo_nb.core.run import main; main()', *map(str, args)]
+    return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | env)
+
+
+@pytest.fixture(scope='session')
+def shared():
+    "The folder of real images beside the checkout"
+    if not (SHARED/'data'/'mg').is_dir(): pytest.skip('no ../shared/data/mg beside the checkout')
+    return SHARED
+
+
+@pytest.fixture(scope='session')
+def project(tmp_path_factory):
+    "A small project in which every stage has run once through the command line; read only"
+    folder = small_project(tmp_path_factory.mktemp('project')/'study')
+    done = mammo('demo', cwd=folder)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (folder/'demo.txt').write_text(done.stdout)
+    return folder
