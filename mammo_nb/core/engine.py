@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA_VERSION', 'disk_problem', 'atomic_path', 'write_text', 'write_json', 'utc_now', 'write_parquet', 'read_meta',
            'Progress', 'n_workers', 'engine', 'plain_reason', 'map_files']
 
-# %% ../../nbs/core/01_engine.ipynb #c86d0f4a
+# %% ../../nbs/core/01_engine.ipynb #1e470e79
 import errno
 import faulthandler
 import functools
@@ -17,6 +17,7 @@ import os
 import shutil
 import time
 import uuid
+import warnings
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
@@ -160,7 +161,7 @@ class Progress:
         if self.handle: _show(f'{self.desc}: {self.n:,} done', self.handle)
         if self.file: self._tell()
 
-# %% ../../nbs/core/01_engine.ipynb #c12f5975
+# %% ../../nbs/core/01_engine.ipynb #018dea21
 def n_workers(settings) -> int:
     "Processes of the embedded cluster: as set, or one per core this process may use."
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
@@ -188,8 +189,11 @@ def engine(
             try: yield client
             finally: client.close()
             return
-        with LocalCluster(n_workers=n_workers(settings), threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address=None,
-                          memory_limit=settings.engine.memory_per_worker, silence_logs=logging.CRITICAL) as cluster, Client(cluster) as client:
+        with warnings.catch_warnings():  # that another cluster of this user holds the dashboard's port is no news
+            warnings.simplefilter('ignore')
+            cluster = LocalCluster(n_workers=n_workers(settings), threads_per_worker=1, processes=True, host='127.0.0.1', dashboard_address=None,
+                                   memory_limit=settings.engine.memory_per_worker, silence_logs=logging.CRITICAL)
+        with cluster, Client(cluster) as client:
             yield client
 
 # %% ../../nbs/core/01_engine.ipynb #8be69352

@@ -23,7 +23,7 @@ class MammoError(Exception):
 class SettingsError(MammoError):
     "`settings.ini` is missing, has an unknown key, or a value that does not fit."
 
-# %% ../../nbs/core/00_settings.ipynb #45ff1a34
+# %% ../../nbs/core/00_settings.ipynb #5dcb4b30
 class _Section(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True)
 
@@ -39,6 +39,7 @@ class Study(_Section):
     findings: tuple[str, ...] = Field(min_length=1)
     head: Literal['sigmoid', 'softmax'] = 'sigmoid'
     study_id: tuple[Literal['uid', 'accession', 'folder'], ...] = Field(('uid', 'folder'), min_length=1)
+    site: tuple[Literal['institution', 'folder'], ...] = Field(('institution',), min_length=1)
     seed: int = Field(42, ge=0, lt=2**32)
 
 class Paths(_Section):
@@ -55,7 +56,9 @@ class Splits(_Section):
 class Train(_Section):
     arch: str = 'resnet18'
     pretrained: Literal['auto', 'yes', 'no'] = 'auto'
+    shrink: int = Field(2, ge=0, le=16)
     epochs: int = Field(12, ge=1, le=1000)
+    min_steps: int = Field(240, ge=0, le=100_000)
     batch_size: int = Field(32, ge=2, le=4096)
     lr: float | Literal['auto'] = 'auto'
     queue_size: int = Field(60, ge=1)
@@ -185,9 +188,9 @@ def load_settings(
         raise SettingsError(f"{path}: {' '.join(str(e).split())}; write lines as 'key = value' under a [section].") from None
     return _from_ini({s: dict(cp[s]) for s in cp.sections()}, path)
 
-# %% ../../nbs/core/00_settings.ipynb #1c6c6e0d
+# %% ../../nbs/core/00_settings.ipynb #86953823
 _sections = dict(paths=Paths, image=ImageSettings, splits=Splits, train=Train, infer=Infer, engine=Engine, privacy=Privacy, demo=Demo)
-_lists = {('study', 'findings'), ('study', 'study_id'), ('privacy', 'keep_text')}
+_lists = {('study', 'findings'), ('study', 'study_id'), ('study', 'site'), ('privacy', 'keep_text')}
 
 def _from_ini(ini, path):
     "A dictionary of sections to `Settings`; `path` is named in errors"

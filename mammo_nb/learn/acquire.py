@@ -54,7 +54,7 @@ def _pick(order, n, study, breast, taken, per_breast, per_study):
         per_breast, per_study = 2*per_breast, 2*per_study
     return got
 
-# %% ../../nbs/learn/02_acquire.ipynb #571ad582
+# %% ../../nbs/learn/02_acquire.ipynb #12f5fdfd
 def next_batch(
     pool: pl.DataFrame,  # candidates with `prob_<name>` columns (none: a random batch, as in the first round)
     n: int,  # how many to ask for
@@ -68,7 +68,7 @@ def next_batch(
         raise MammoError("The pool holds validation or hold-out images; pass what pool_frame returns.")
     if 'status' in pool.columns: pool = pool.filter(pl.col('status') == 'ok')
     fresh = pool.filter(~pl.col('skipped')) if 'skipped' in pool.columns else pool
-    if fresh.height < n: fresh = pool
+    if not fresh.height: fresh = pool
     d = fresh.unique('image_id', keep='first').sort('image_id')
     n, rng = min(n, d.height), np.random.default_rng(seed)
     if not n: return Batch()

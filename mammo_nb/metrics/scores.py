@@ -109,23 +109,23 @@ def weighted_scores(
         return dict(sensitivity=sens, specificity=spec, accuracy=(tp+tn)/n, balanced_accuracy=(sens+spec)/2,
                     roc_auc=weighted_auc(y, p, w), brier=(w @ (p-y)**2)/n)
 
-# %% ../../nbs/metrics/00_scores.ipynb #c0c2b1ba
+# %% ../../nbs/metrics/00_scores.ipynb #1954a3be
 def exact_interval(
-    hits: int,  # successes
+    hits: float,  # successes
     n: int,  # trials
     level: float = 0.95,  # coverage
 ) -> tuple[float, float]:  # lower and upper bound
     "Clopper-Pearson interval of a proportion."
     if not n: return float('nan'), float('nan')
     a = (1-level)/2
-    return (0. if hits == 0 else float(beta.ppf(a, hits, n-hits+1))), (1. if hits == n else float(beta.ppf(1-a, hits+1, n-hits)))
+    return (0. if hits <= 0 else float(beta.ppf(a, hits, n-hits+1))), (1. if hits >= n else float(beta.ppf(1-a, hits+1, n-hits)))
 
-# %% ../../nbs/metrics/00_scores.ipynb #bc14d328
+# %% ../../nbs/metrics/00_scores.ipynb #000f34d4
 def _interval(values, point, patients, level):
-    "percentile interval; exact where the resamples do not vary and the point is a bound"
+    "percentile interval; the exact one where the resamples do not vary"
     v = values[~np.isnan(values)]
     if np.isnan(point) or not len(v): return float('nan'), float('nan')
-    if point in (0., 1.) and np.ptp(v) == 0 and patients: return exact_interval(round(point*patients), patients, level)
+    if np.ptp(v) < 1e-12 and 0 <= point <= 1 and patients: return exact_interval(point*patients, patients, level)
     lo, hi = np.quantile(v, [(1-level)/2, (1+level)/2])
     return float(lo), float(hi)
 
@@ -152,7 +152,7 @@ def bootstrap_ci(
         out[k] = (x, *_interval(boot, x, rests.get(k, base), level))
     return out
 
-# %% ../../nbs/metrics/00_scores.ipynb #399cb9dd
+# %% ../../nbs/metrics/00_scores.ipynb #7e9a171a
 def _together(names, columns, thresholds):
     "`fn(df, w)` for the scores that look at all findings at once"
     def fn(d, w):
@@ -169,10 +169,10 @@ def _together(names, columns, thresholds):
     return fn
 
 def _patients_of(c):
-    "how many patients a finding's sensitivity and specificity rest on"
+    "how many patients a finding's scores rest on, where not on all"
     def fn(d):
         k = lambda v: d.filter(pl.col(c).cast(pl.Float64) == v)['patient_id'].n_unique()
-        return dict(sensitivity=k(1), specificity=k(0))
+        return dict(sensitivity=k(1), specificity=k(0), balanced_accuracy=min(k(0), k(1)), roc_auc=min(k(0), k(1)))
     return fn
 
 # %% ../../nbs/metrics/00_scores.ipynb #efa8e766
