@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['newest_bundle', 'group_inputs', 'groups_of', 'prepared', 'predict', 'with_status', 'aggregate', 'write_csv', 'infer']
 
-# %% ../nbs/4_infer.ipynb #28d1cf26
+# %% ../nbs/4_infer.ipynb #f85a69a3
 import functools
 import itertools
 import time
@@ -19,7 +19,7 @@ from .cohort.manifest import funnel, read_manifest, scan, source_dir
 from .core.engine import Progress, atomic_path, engine, map_files, plain_reason, write_parquet
 from .core.run import job, log_metrics
 from .core.settings import MammoError
-from .dicom.display import infer_edge, model_input, render
+from .dicom.display import render_input
 from .dicom.read import ReadError, Source
 from .learn.bundle import Bundle
 
@@ -34,14 +34,14 @@ def newest_bundle(
         if rounds: return rounds[-1]
     raise MammoError(f"No trained model under {here/'rounds'}; run mammo run train, or name one with bundle=PATH.")
 
-# %% ../nbs/4_infer.ipynb #ab5bf0b4
+# %% ../nbs/4_infer.ipynb #81247603
 def _one_file(rows, file, size, settings):
     "The images of one file: `{image_id: uint8 [size, size] or the reason}`"
     e, out = settings.engine, {}
     try:
         with Source(file, e.max_inflated_bytes) as src:
             for image_id, _, frame in rows:
-                try: out[image_id] = model_input(render(src, infer_edge(size), frame, e.max_pixels), size)
+                try: out[image_id] = render_input(src, size, settings.image.thumbnail_size, frame, e.max_pixels, e.max_inflated_bytes)
                 except Exception as err: out[image_id] = _reason(err)
     except Exception as err: out |= {r[0]: _reason(err) for r in rows if r[0] not in out}
     return out

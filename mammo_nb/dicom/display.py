@@ -6,14 +6,15 @@
 __all__ = ['PREPROCESSING_VERSION', 'display_lut', 'to_8bit', 'fit', 'shrink', 'render', 'model_input', 'infer_edge',
            'render_input']
 
-# %% ../../nbs/dicom/01_display.ipynb #f36a14e4
+# %% ../../nbs/dicom/01_display.ipynb #a204aa4e
 from pathlib import Path
 
 import cv2
 import numpy as np
 from pydicom.dataset import Dataset
 
-from .read import Frame, ReadError, Source, get_items, get_number, get_numbers, get_text, get_value, layout, open_source
+from .read import (Frame, ReadError, Source, get_items, get_number, get_numbers, get_text, get_value, layout,
+                                 open_source)
 
 # %% ../../nbs/dicom/01_display.ipynb #4747d370
 PREPROCESSING_VERSION = 1
@@ -29,7 +30,7 @@ def _first(places, *keywords):
     "The first place that has all the keywords"
     return next((p for p in places if all(get_value(p, k) is not None or get_numbers(p, k) for k in keywords)), None)
 
-# %% ../../nbs/dicom/01_display.ipynb #a79a5575
+# %% ../../nbs/dicom/01_display.ipynb #b8c1bf3a
 def _used_bits(top, nominal):
     "Bits that hold `top` where a nominal 16 plainly says nothing (two bits or more unused), else the nominal ones"
     used = max(1, int(top).bit_length())
@@ -40,12 +41,18 @@ def _table(item, signed, big_endian):
     d, data = get_numbers(item, 'LUTDescriptor'), get_value(item, 'LUTData')
     if len(d) != 3 or data is None: return None
     n, first, bits = int(d[0]) % 65536 or 65536, int(d[1]), int(d[2])
-    if isinstance(data, bytes): t = np.frombuffer(data, np.uint8 if len(data) <= n else '>u2' if big_endian else '<u2', count=-1 if len(data) <= n else len(data) // 2)
+    if isinstance(data, bytes):
+        words = data[:len(data) // 2 * 2] if len(data) > n else b''
+        t = np.frombuffer(words, '>u2' if big_endian else '<u2') if words else np.frombuffer(data, np.uint8)
     else: t = np.atleast_1d(np.asarray(data))
     t = t[:n].astype(np.float64)
     if not len(t) or not 1 <= bits <= 16: return None
     if signed and first > 32767: first -= 65536
     return first, t, 2**_used_bits(t.max(), bits) - 1
+
+def _first_table(place, keyword, signed, big_endian):
+    items = get_items(place, keyword) if place is not None else []
+    return next((t for i in items if (t := _table(i, signed, big_endian))), None)
 
 def _look_up(x, table):
     first, t, _ = table
@@ -69,7 +76,7 @@ def _windowed(x, c, w, fn):
     if w == 0: return (x > c).astype(np.float64)
     return np.clip((x - c) / w + 0.5, 0, 1)
 
-# %% ../../nbs/dicom/01_display.ipynb #ff594eaa
+# %% ../../nbs/dicom/01_display.ipynb #833b3f68
 def _grey(ds, frame, lay, x, used=None):
     "Stored values `x` to grey levels 0…1, 1 is bright"
     big = ds.original_encoding[1] is False if hasattr(ds, 'original_encoding') else False
@@ -78,14 +85,14 @@ def _grey(ds, frame, lay, x, used=None):
     lo, hi = (-half, half - 1) if lay.signed else (0, 2 * half - 1)
     if used is not None: lo, hi = used
     p = _first(modality, 'ModalityLUTSequence')
-    table = next((t for i in (get_items(p, 'ModalityLUTSequence') if p is not None else []) if (t := _table(i, lay.signed, big))), None)
+    table = _first_table(p, 'ModalityLUTSequence', lay.signed, big)
     if table: x, lo, hi = _look_up(x, table), 0, table[2]
     elif (p := _first(modality, 'RescaleSlope', 'RescaleIntercept')) is not None:
         slope, intercept = get_number(p, 'RescaleSlope', 1.), get_number(p, 'RescaleIntercept', 0.)
         if slope: x, (lo, hi) = x * slope + intercept, sorted((lo * slope + intercept, hi * slope + intercept))
     p = _first(voi, 'VOILUTSequence')
     signed = lay.signed or lo < 0
-    table = next((t for i in (get_items(p, 'VOILUTSequence') if p is not None else []) if (t := _table(i, signed, big))), None)
+    table = _first_table(p, 'VOILUTSequence', signed, big)
     if table: return _look_up(x, table) / table[2]
     if window := _window(voi): return _windowed(x, *window)
     return np.clip((x - lo) / ((hi - lo) or 1), 0, 1)
@@ -238,7 +245,7 @@ def model_input(
     "The image in the middle of a dark square, area-averaged to `size`; its shape is kept, a small image is not enlarged."
     return _middle(shrink(img8, size), size)
 
-# %% ../../nbs/dicom/01_display.ipynb #4edd3692
+# %% ../../nbs/dicom/01_display.ipynb #ebedd1e4
 def infer_edge(size: int) -> int:
     "The long edge for which inference decodes JPEG 2000: at least three times the model's `size` is decoded."
     return size * 3 // 2
@@ -251,7 +258,7 @@ def render_input(
     max_pixels: int = 200_000_000,  # most pixels a frame may claim
     max_inflated_bytes: int = 2_000_000_000,  # most bytes a zip member or deflated dataset may unpack to
 ) -> np.ndarray:  # uint8 [size,size]
-    "`model_input(render(src, thumbnail_size), size)` by the shortest way, equal to about a tenth of a grey level. Raises `ReadError`."
+    "`model_input(render(src, thumbnail_size), size)` by the shortest way, to a tenth of a grey level. Raises `ReadError`."
     if not isinstance(src, Source):
         with open_source(src, max_inflated_bytes) as s: return render_input(s, size, thumbnail_size, frame, max_pixels)
     img, full = _decoded(src, frame, infer_edge(size), max_pixels)

@@ -131,18 +131,19 @@ class _Bounded:
             n = left
         return self.f.read(n)
 
-# %% ../../nbs/dicom/00_read.ipynb #460736aa
+# %% ../../nbs/dicom/00_read.ipynb #9ee8b233
 class _Growing:
     "A stream of chunks made seekable: keeps what was unpacked, refuses to grow past `limit` bytes"
     def __init__(self, chunks, limit, close=lambda: None):
-        self.chunks, self.limit, self.close, self.buf, self.pos, self.done, self.short = chunks, limit, close, bytearray(), 0, False, False
+        self.chunks, self.limit, self.close = chunks, limit, close
+        self.buf, self.pos, self.done, self.short = bytearray(), 0, False, False
     def _fill(self, n):
         while len(self.buf) < n and not self.done:
             c = next(self.chunks, None)
             if c is None: self.done = True
             else: self.buf += c
             if len(self.buf) > self.limit:
-                raise ReadError(f'unpacks to more than {_size_text(self.limit)}; raise max_inflated_bytes in [engine] if it is genuine.')
+                raise ReadError(f'unpacks to more than {_size_text(self.limit)}; if it is genuine, raise max_inflated_bytes.')
     @property
     def size(self): self._fill(self.limit + 1); return len(self.buf)
     def tell(self): return self.pos
@@ -194,22 +195,21 @@ def zip_members(
     "What an archive holds, from its directory alone. Raises `ReadError` where it is damaged."
     return [(i.filename, i.file_size) for i in _open_archive(path).infolist() if not i.is_dir()]
 
-# %% ../../nbs/dicom/00_read.ipynb #fe7a6583
+# %% ../../nbs/dicom/00_read.ipynb #d67c9f89
 def _open_member(path, member, limit):
     z = _open_archive(path)
     try: info = z.getinfo(member)
     except KeyError: raise ReadError('the zip archive has no such member.') from None
     if info.flag_bits & 1: raise ReadError('is encrypted inside its zip archive; unpack it first.')
     try: f = z.open(info)
-    except NotImplementedError: raise ReadError('is compressed in a way Python cannot unpack; unpack the archive first.') from None
+    except NotImplementedError: raise ReadError('is packed in a way Python cannot unpack; unpack the archive first.') from None
     return _Growing(iter(lambda: f.read(_CHUNK) or None, None), limit, f.close)
 
 def _is_zip(head): return head[:4] in (b'PK\3\4', b'PK\5\6')
 
-# %% ../../nbs/dicom/00_read.ipynb #8b1840de
-_vrs = {b'AE', b'AS', b'AT', b'CS', b'DA', b'DS', b'DT', b'FD', b'FL', b'IS', b'LO', b'LT', b'OB', b'OW', b'PN', b'SH', b'SL', b'SQ',
-        b'SS', b'ST', b'TM', b'UI', b'UL', b'UN', b'US', b'UT', b'UC', b'UR', b'OF', b'OD', b'OL'}
-_long_vrs = {b'OB', b'OW', b'SQ', b'UN', b'UT', b'UC', b'UR', b'OF', b'OD', b'OL', b'OV', b'SV', b'UV'}
+# %% ../../nbs/dicom/00_read.ipynb #1a89684e
+_long_vrs = set(b'OB OW SQ UN UT UC UR OF OD OL OV SV UV'.split())
+_vrs = _long_vrs | set(b'AE AS AT CS DA DS DT FD FL IS LO LT PN SH SL SS ST TM UI UL US'.split())
 
 def _elements(head, order):
     "Walks the elements at the start of `head`: (tag, explicit, length), until it runs out"
@@ -274,7 +274,7 @@ def _undeflate(f, limit):
         yield from _inflated(f)
     return _Growing(chunks(), limit, f.close), True
 
-# %% ../../nbs/dicom/00_read.ipynb #3e637095
+# %% ../../nbs/dicom/00_read.ipynb #ffff3874
 class Source:
     "One DICOM file, opened once: `header`, `frames`, `frame(i)`. Use it in a `with` statement, or call `close`."
     def __init__(self,
@@ -310,20 +310,21 @@ class Source:
     def __exit__(self, *_): self.close()
     def __repr__(self): return f'Source({self.name})'
 
-    @property
-    def head(self):
-        "The first kB"
-        def read():
-            self.file.seek(0)
-            return self.file.read(1024)
-        return self._guard(read)
+# %% ../../nbs/dicom/00_read.ipynb #e253da64
+@patch(as_prop=True)
+def head(self: Source) -> bytes:
+    "The first kB"
+    def read():
+        self.file.seek(0)
+        return self.file.read(1024)
+    return self._guard(read)
 
-# %% ../../nbs/dicom/00_read.ipynb #c9d459b5
+# %% ../../nbs/dicom/00_read.ipynb #cff0bf23
 def _parse(s):
     "Parses the header of Source `s` and finds the pixels: `s._place` = (start, length or None if encapsulated, VR)"
     f, head = s.file, s.head
     if head[128:132] != b'DICM' and not _plausible(head):
-        if _is_zip(head): raise ReadError('is a zip archive; name a member as archive.zip!/member, and unpack zips inside zips first.')
+        if _is_zip(head): raise ReadError('is a zip archive; name a member as archive.zip!/member, unpack nested ones first.')
         raise ReadError('is not a DICOM file.' if head else 'is empty.')
     f.seek(0)
     f.short = False
@@ -339,8 +340,9 @@ def _parse(s):
         group, elem = struct.unpack_from(order + 'HH', h)
         if group == 0x7fe0 and elem in (8, 9): s._place = 'float'
         elif group == 0x7fe0:
-            if h[4:6] in _long_vrs and len(h) == 12: vr, n, at = h[4:6].decode(), struct.unpack_from(order + 'I', h, 8)[0], at + 12
-            else: vr, n, at = 'OW', struct.unpack_from(order + 'I', h, 4)[0], at + 8
+            explicit = h[4:6] in _long_vrs and len(h) == 12
+            vr, skip = (h[4:6].decode(), 12) if explicit else ('OW', 8)
+            n, at = struct.unpack_from(order + 'I', h, skip - 4)[0], at + skip
             s._place = (at, None if n == 0xFFFFFFFF else n, vr)
     return ds
 
@@ -398,7 +400,7 @@ def frame_count(ds: Dataset) -> int:
     "How many frames the header claims; at least 1."
     return max(1, int(min(get_number(ds, 'NumberOfFrames', 1), 2**31)))
 
-# %% ../../nbs/dicom/00_read.ipynb #acbb8d48
+# %% ../../nbs/dicom/00_read.ipynb #c26a4152
 def layout(
     ds: Dataset,  # a header
     max_pixels: int = 200_000_000,  # most pixels (rows × columns) a frame may have
@@ -412,7 +414,7 @@ def layout(
     if allocated not in (1, 8, 16, 32): raise ReadError(f'stores {allocated} bits per pixel; only 1, 8, 16 and 32 can be read.')
     samples = n('SamplesPerPixel', 1)
     photometric = (get_text(ds, 'PhotometricInterpretation') or ('MONOCHROME2' if samples == 1 else 'RGB',))[0]
-    if samples not in (1, 3): raise ReadError(f'has {samples} samples per pixel; only grey (1) and colour (3) images can be read.')
+    if samples not in (1, 3): raise ReadError(f'has {samples} samples per pixel; only grey (1) and colour (3) can be read.')
     stored = n('BitsStored', allocated)
     if not 0 < stored <= allocated: stored = allocated
     high = n('HighBit', stored - 1)
@@ -444,7 +446,7 @@ class Frame:
     @property
     def pixels(self): return self.raw if self.colour else _stored(self.raw, self.bits, self.shift, self.signed)
 
-# %% ../../nbs/dicom/00_read.ipynb #2f334282
+# %% ../../nbs/dicom/00_read.ipynb #dc339ab6
 def _native_frame(s, lay, index):
     "The bytes of an uncompressed frame"
     at, n, vr = s._place
@@ -452,7 +454,8 @@ def _native_frame(s, lay, index):
     if lay.allocated == 1 and index: raise ReadError('has several frames of single bits, which cannot be read.')
     have = min(n, max(0, s.file.size - at))
     if (index + 1) * size > have:
-        if lay.frames > 1 and (index + 1) * size <= n: raise ReadError(f'ends before its frame {index + 1} of {lay.frames}; the file was cut short.')
+        if lay.frames > 1 and (index + 1) * size <= n:
+            raise ReadError(f'ends before its frame {index + 1} of {lay.frames}; the file was cut short.')
         raise ReadError('holds less pixel data than its header asks for; the file was cut short or its header is wrong.')
     swap = s._order == '>' and lay.allocated == 8 and vr == 'OW'  # bytes of big-endian words
     odd = index * size % 2 if swap else 0
@@ -462,8 +465,9 @@ def _native_frame(s, lay, index):
     if len(data) < size: raise ReadError('ends in the middle of its pixel data; the file was cut short.')
     return data
 
-# %% ../../nbs/dicom/00_read.ipynb #9f1b35d3
+# %% ../../nbs/dicom/00_read.ipynb #6b0c60b3
 _MAX_FRAGMENTS = 1_000_000
+_ends = 'ends in the middle of its pixel data; the file was cut short.'
 
 def _fragments(s, at, until=None):
     "Places of the fragments from `at` on: (start of the item, start of its data, length), up to byte `until`"
@@ -474,8 +478,9 @@ def _fragments(s, at, until=None):
         if len(h) < 8: return out, False  # no end mark: the codestream's own end decides
         group, elem, n = struct.unpack('<HHI', h)
         if (group, elem) == (0xFFFE, 0xE0DD): return out, True
-        if (group, elem) != (0xFFFE, 0xE000) or n == 0xFFFFFFFF: raise ReadError('its compressed pixel data are not divided as DICOM asks for.')
-        if size is not None and at + 8 + n > size: raise ReadError('ends in the middle of its pixel data; the file was cut short.')
+        if (group, elem) != (0xFFFE, 0xE000) or n == 0xFFFFFFFF:
+            raise ReadError('its compressed pixel data are not divided as DICOM asks for.')
+        if size is not None and at + 8 + n > size: raise ReadError(_ends)
         out.append((at, at + 8, n))
         at += 8 + n
         if len(out) > _MAX_FRAGMENTS: raise ReadError('its compressed pixel data are in more pieces than any real file.')
@@ -491,7 +496,7 @@ def _starts(s, frags):
     if first in (b'\xff\xd8', b'\xff\x4f'): return [i for i, m in enumerate(marks) if m[:2] == first and m[2:3] == b'\xff']
     return list(range(len(frags)))
 
-# %% ../../nbs/dicom/00_read.ipynb #c189028f
+# %% ../../nbs/dicom/00_read.ipynb #07017e2e
 def _encapsulated_frame(s, lay, index):
     "The codestream of a compressed frame, its fragments joined"
     tables, _ = _fragments(s, s._place[0], until=s._place[0] + 1)
@@ -518,10 +523,10 @@ def _encapsulated_frame(s, lay, index):
     for _, at, n in frags:
         s.file.seek(at)
         parts.append(s.file.read(n))
-        if len(parts[-1]) < n: raise ReadError('ends in the middle of its pixel data; the file was cut short.')
+        if len(parts[-1]) < n: raise ReadError(_ends)
     return parts[0] if len(parts) == 1 else b''.join(parts)
 
-# %% ../../nbs/dicom/00_read.ipynb #d9371dfc
+# %% ../../nbs/dicom/00_read.ipynb #384306f1
 @dataclass
 class Stream:
     "What a codestream says about itself"
@@ -531,8 +536,9 @@ class Stream:
     lossy: bool = False  # JPEG 2000: the irreversible transform
     process: int = 0  # JPEG: 0 baseline, 1 extended, 3 lossless … 55 JPEG-LS
     predictor: int = 0  # JPEG lossless: selection value
-    zero: str = ''  # JPEG lossless: the bits that say "as predicted"; '' where restart marks or a point transform forbid to count them
+    zero: str = ''  # JPEG lossless: the bits that say "as predicted"; '' where restart marks forbid to count them
 
+# %% ../../nbs/dicom/00_read.ipynb #44f1046a
 def _cut(what): return ReadError(f'its {what} data end too early; the file was cut short or damaged.')
 
 def _zero_codes(dht):
@@ -557,7 +563,7 @@ def _jpeg_stream(data):
         n = int.from_bytes(data[at + 2:at + 4])
         if 0xc0 <= m <= 0xcf and m not in (0xc4, 0xc8, 0xcc) or m == 0xf7:
             if at + 10 > len(data): break
-            sof = Stream(int.from_bytes(data[at + 5:at + 7]), int.from_bytes(data[at + 7:at + 9]), data[at + 9], data[at + 4], process=m - 0xc0)
+            sof = Stream(*struct.unpack_from('>HHB', data, at + 5), precision=data[at + 4], process=m - 0xc0)
         if m == 0xc4: tables |= _zero_codes(data[at + 4:at + 2 + n])
         if m == 0xdd: plain = False
         if m == 0xda:
@@ -605,14 +611,14 @@ _other_size = 'its header and its image data disagree about the size of the imag
 def _check_size(s, lay):
     if (s.rows, s.cols) != (lay.rows, lay.cols): raise ReadError(_other_size)
 
-# %% ../../nbs/dicom/00_read.ipynb #a43c8d71
+# %% ../../nbs/dicom/00_read.ipynb #39147de0
 def _as_predicted(a, s, r0, r1):
     "Whether each pixel of rows r0…r1 (r0 > 0) is what its JPEG lossless predictor says"
     if s.predictor == 1: pred = a[r0:r1, :-1]
     else:
         left, above, corner = (v.astype(np.int32) for v in (a[r0:r1, :-1], a[r0 - 1:r1 - 1, 1:], a[r0 - 1:r1 - 1, :-1]))
-        pred = {2: above, 3: corner, 4: left + above - corner, 5: left + ((above - corner) >> 1), 6: above + ((left - corner) >> 1),
-                7: (left + above) >> 1}.get(s.predictor, left)
+        pred = {2: above, 3: corner, 4: left + above - corner, 5: left + ((above - corner) >> 1),
+                6: above + ((left - corner) >> 1), 7: (left + above) >> 1}.get(s.predictor, left)
     return np.concatenate([a[r0:r1, :1] == a[r0 - 1:r1 - 1, :1], a[r0:r1, 1:] == pred], 1)
 
 def _predicted_tail(a, s):
@@ -624,7 +630,7 @@ def _predicted_tail(a, s):
         n, r1 = n + z.size, r0
     return n
 
-# %% ../../nbs/dicom/00_read.ipynb #15b17577
+# %% ../../nbs/dicom/00_read.ipynb #faf6754f
 def _coded_tail(data, s, n):
     "Whether the scan ends in at least `n` codes that say `as predicted`"
     end, need = data.rfind(b'\xff\xd9'), n * len(s.zero)
@@ -633,7 +639,7 @@ def _coded_tail(data, s, n):
     code = np.array([int(c) for c in s.zero[::-1]], np.uint8)
     for pad in range(8):  # the last byte is filled up with ones
         if len(bits) - pad < need or not bits[:pad].all(): return False
-        if (bits[pad:pad + len(code)] == code[:need]).all() and (bits[pad:pad + need].reshape(-1, len(code)) == code).all(): return True
+        if (bits[pad:pad + need].reshape(-1, len(code)) == code).all(): return True
     return False
 
 # %% ../../nbs/dicom/00_read.ipynb #464a4069
@@ -759,10 +765,10 @@ def _native(data, lay, order='<'):
     a = np.frombuffer(data, f'{order}u{lay.allocated // 8}', count=lay.rows * lay.cols).reshape(lay.rows, lay.cols)
     return a.astype(a.dtype.newbyteorder('='), copy=False), lay.stored, 1.
 
-# %% ../../nbs/dicom/00_read.ipynb #cf97b595
-_decoders = {**{f'1.2.840.10008.1.2.4.{i}': _jpeg for i in (50, 51, 57, 70, 80, 81)},
-             **{f'1.2.840.10008.1.2.4.{i}': _jpeg2000 for i in (90, 91)}, **{f'1.2.840.10008.1.2.4.{i}': _htj2k for i in (201, 202, 203)},
-             '1.2.840.10008.1.2.5': _rle, '1.2.840.10008.1.2.8.1': _deflated_frame}
+# %% ../../nbs/dicom/00_read.ipynb #7447c990
+_jpegs = {_jpeg: (50, 51, 57, 70, 80, 81), _jpeg2000: (90, 91), _htj2k: (201, 202, 203)}
+_decoders = {f'1.2.840.10008.1.2.4.{i}': fn for fn, numbers in _jpegs.items() for i in numbers}
+_decoders |= {'1.2.840.10008.1.2.5': _rle, '1.2.840.10008.1.2.8.1': _deflated_frame}
 
 def _decoder(ts, data):
     "The fast decoder of a transfer syntax, corrected by what the data begin with; None: none"
@@ -779,7 +785,7 @@ def _syntax(ds):
     implicit, little = ds.original_encoding
     return '1.2.840.10008.1.2' if implicit else '1.2.840.10008.1.2.1' if little else '1.2.840.10008.1.2.2'
 
-# %% ../../nbs/dicom/00_read.ipynb #e6c88ffa
+# %% ../../nbs/dicom/00_read.ipynb #b9b620ca
 _pixel_module = ('PhotometricInterpretation SamplesPerPixel PlanarConfiguration Rows Columns BitsAllocated BitsStored HighBit '
                  'PixelRepresentation RedPaletteColorLookupTableDescriptor GreenPaletteColorLookupTableDescriptor '
                  'BluePaletteColorLookupTableDescriptor RedPaletteColorLookupTableData GreenPaletteColorLookupTableData '
@@ -808,10 +814,11 @@ def _by_pydicom(data, ds, lay, ts, vr='OW'):
     one['PixelData'].VR = vr if vr in ('OB', 'OW') else 'OW'
     a = _any_plugin(get_decoder(syntax), one, lay.samples == 1)
     if lay.photometric == 'PALETTE COLOR': a = pydicom.pixels.apply_color_lut(a, one)
-    if a.ndim == 3 and a.dtype != np.uint8: a = (a >> max(0, a.dtype.itemsize * 8 - 8 if lay.samples == 1 else lay.stored - 8)).astype(np.uint8)
+    if a.ndim == 3 and a.dtype != np.uint8:
+        a = (a >> max(0, a.dtype.itemsize * 8 - 8 if lay.samples == 1 else lay.stored - 8)).astype(np.uint8)
     return a, None, 1.
 
-# %% ../../nbs/dicom/00_read.ipynb #df4c0a90
+# %% ../../nbs/dicom/00_read.ipynb #3ecb712b
 def _damaged(ts):
     "Names the transfer syntax only where it is a registered one: a header's text goes into no message"
     name = UID(ts).name
@@ -834,7 +841,8 @@ def _decode(s, lay, data, reduce_to):
     try:
         with _Muzzle():
             out = _by_pydicom(data, s.header, lay, ts, vr)
-            if fn is _jpeg and grey: _check_scan(data, _jpeg_stream(data), out[0], lambda d: _by_pydicom(d, s.header, lay, ts, vr)[0])
+            again = lambda d: _by_pydicom(d, s.header, lay, ts, vr)[0]
+            if fn is _jpeg and grey: _check_scan(data, _jpeg_stream(data), out[0], again)
         return out
     except (ReadError, MemoryError): raise
     except Exception: raise _damaged(ts) from None

@@ -15,16 +15,17 @@ from pydicom.dataset import Dataset
 
 from .read import get_items, get_text, get_value
 
-# %% ../../nbs/dicom/02_views.ipynb #fd4de53b
-VIEW_CODES = dict(zip('399368009 399260004 399352003 399099002 399162004 399196006 399188001 441555000 399192008 399101009 127457009'.split(),
-                      'MLO ML LM LMO CC FB SIO ISO XCCL XCCM SPECIMEN'.split()))
-VIEW_CODES |= dict(zip('R-10226 R-10224 R-10228 R-10230 R-10242 R-10244 R-102D0 R-40AAA R-1024A R-1024B G-8310'.split(), VIEW_CODES.values()))
+# %% ../../nbs/dicom/02_views.ipynb #57ca2254
+VIEW_CODES = {'399368009': 'MLO', '399260004': 'ML', '399352003': 'LM', '399099002': 'LMO', '399162004': 'CC', '399196006': 'FB',
+              '399188001': 'SIO', '441555000': 'ISO', '399192008': 'XCCL', '399101009': 'XCCM', '127457009': 'SPECIMEN'}
+VIEW_CODES |= dict(zip('R-10226 R-10224 R-10228 R-10230 R-10242 R-10244 R-102D0 R-40AAA R-1024A R-1024B G-8310'.split(),
+                       VIEW_CODES.values()))
 
 MODIFIER_CODES = {
     '399163009': 'magnification', '399055006': 'spot_compression', '399110001': 'tangential', '399209000': 'implant_displaced',
     '399161006': 'cleavage', '399011000': 'axillary_tail', '399197002': 'rolled_lateral', '399226006': 'rolled_medial',
-    '414493004': 'rolled_inferior', '415670009': 'rolled_superior', '442581004': 'nipple_in_profile', '441752004': 'anterior_compression',
-    '442593008': 'infra_mammary_fold', '442580003': 'axillary_tissue'}
+    '414493004': 'rolled_inferior', '415670009': 'rolled_superior', '442581004': 'nipple_in_profile',
+    '441752004': 'anterior_compression', '442593008': 'infra_mammary_fold', '442580003': 'axillary_tissue'}
 MODIFIER_CODES |= dict(zip(('R-102D6 R-102D7 R-102C2 R-102D5 R-102D2 R-102D1 R-102D3 R-102D4 R-102CA R-102C9 R-40AB3 P2-00161 '
                             'R-40ABE R-40AB2').split(), MODIFIER_CODES.values()))
 
@@ -40,19 +41,20 @@ def view_items(ds: Dataset) -> list[Dataset]:
     "The items of the View Code Sequence."
     return get_items(ds, 'ViewCodeSequence')
 
-# %% ../../nbs/dicom/02_views.ipynb #005de16c
+# %% ../../nbs/dicom/02_views.ipynb #5f967307
 def view_modifiers(
     ds: Dataset,  # a header
 ) -> tuple[str, ...]:  # like `('magnification', 'spot_compression')`, in the header's order
     "The coded view modifiers, inside the view's item where they belong or beside it where some devices put them."
-    items = [m for v in view_items(ds) for m in get_items(v, 'ViewModifierCodeSequence')] + get_items(ds, 'ViewModifierCodeSequence')
+    inside = [m for v in view_items(ds) for m in get_items(v, 'ViewModifierCodeSequence')]
+    items = inside + get_items(ds, 'ViewModifierCodeSequence')
     return tuple(dict.fromkeys(MODIFIER_CODES[c] for i in items if (c := code_of(i)) in MODIFIER_CODES))
 
-# %% ../../nbs/dicom/02_views.ipynb #55fe7614
+# %% ../../nbs/dicom/02_views.ipynb #bde90fc5
 _sides = {'L': 'L', 'LEFT': 'L', 'R': 'R', 'RIGHT': 'R', 'LT': 'L', 'RT': 'R'}
 _views = ('XCCL', 'XCCM', 'MLO', 'LMO', 'SIO', 'ISO', 'ML', 'LM', 'FB', 'CC')
-_names = {'CRANIOCAUDAL': 'CC', 'MEDIOLATERALOBLIQUE': 'MLO', 'LATEROMEDIALOBLIQUE': 'LMO', 'MEDIOLATERAL': 'ML', 'LATEROMEDIAL': 'LM',
-          'CAUDOCRANIAL': 'FB', 'XCC': 'XCCL', 'MLO45': 'MLO', 'SPECIMEN': 'SPECIMEN'}
+_names = {'CRANIOCAUDAL': 'CC', 'MEDIOLATERALOBLIQUE': 'MLO', 'LATEROMEDIALOBLIQUE': 'LMO', 'MEDIOLATERAL': 'ML',
+          'LATEROMEDIAL': 'LM', 'CAUDOCRANIAL': 'FB', 'XCC': 'XCCL', 'MLO45': 'MLO', 'SPECIMEN': 'SPECIMEN'}
 
 def parse_view(
     text: str,  # like 'RMLO', 'L CC MAG', 'LEFT_CC', 'Cranio-caudal'
@@ -71,7 +73,7 @@ def parse_view(
             side = side or m[1] or ''
     return side, whole or view
 
-# %% ../../nbs/dicom/02_views.ipynb #7b4ad04a
+# %% ../../nbs/dicom/02_views.ipynb #1ef0e81f
 def _from_orientation(ds):
     "Side and view from PatientOrientation, standard or CBIS-DDSM's"
     o = get_text(ds, 'PatientOrientation')
@@ -87,7 +89,8 @@ def _words(ds):
     try: ge = ds.private_block(0x45, 'GEMS_SENO_02')[0x1b].value
     except Exception: ge = None
     yield str(ge) if ge else ''
-    for k in ('SeriesDescription', 'ProtocolName', 'AcquisitionDeviceProcessingDescription', 'ImageComments'): yield ' '.join(get_text(ds, k))
+    for k in ('SeriesDescription', 'ProtocolName', 'AcquisitionDeviceProcessingDescription', 'ImageComments'):
+        yield ' '.join(get_text(ds, k))
     m = re.search(r'_(LEFT|RIGHT)_(CC|MLO)(_\d+)?$', ' '.join(get_text(ds, 'PatientID')))
     yield f'{m[1]} {m[2]}' if m else ''
 
@@ -113,7 +116,7 @@ def laterality(
         if s: return s
     return ''
 
-# %% ../../nbs/dicom/02_views.ipynb #dca755ac
+# %% ../../nbs/dicom/02_views.ipynb #8ecd6dcb
 def view(
     ds: Dataset,  # a header
 ) -> str:  # 'CC', 'MLO', 'ML', 'LM', 'XCCL' …, 'SPECIMEN' or ''
@@ -121,7 +124,8 @@ def view(
     for i in view_items(ds):
         if v := VIEW_CODES.get(code_of(i)): return v
     meanings = [' '.join(get_text(i, 'CodeMeaning')) for i in view_items(ds)]
-    for _, v in (parse_view(' '.join(get_text(ds, 'ViewPosition'))), *map(parse_view, meanings), _from_orientation(ds), *map(parse_view, _words(ds))):
+    said = parse_view(' '.join(get_text(ds, 'ViewPosition')))
+    for _, v in (said, *map(parse_view, meanings), _from_orientation(ds), *map(parse_view, _words(ds))):
         if v: return v
     return ''
 

@@ -48,7 +48,7 @@ def bundle_meta(
                 preprocessing_version=PREPROCESSING_VERSION, settings_hash=settings.hash, package_version=__version__,
                 created_utc=datetime.now(timezone.utc).isoformat(timespec='seconds'), **extra)
 
-# %% ../../nbs/learn/03_bundle.ipynb #71284cee
+# %% ../../nbs/learn/03_bundle.ipynb #61614eaa
 def load_weights_safely(
     path: str | Path,  # a .safetensors, .pth or .pt file
 ) -> dict:  # name → tensor
@@ -60,7 +60,9 @@ def load_weights_safely(
         if path.suffix == '.safetensors':
             from safetensors.torch import load_file
             return load_file(path)
-        sd = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            sd = torch.load(path, map_location='cpu', weights_only=True)
     except Exception:
         raise MammoError(f"{path}: refused, it does not load as plain weights (it is damaged or holds code); "
                          "save the weights as .safetensors, or export an ONNX bundle.") from None

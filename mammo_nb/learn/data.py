@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from ..core.settings import MammoError
 from ..dicom.display import model_input
 
-# %% ../../nbs/learn/00_data.ipynb #9797dcaa
+# %% ../../nbs/learn/00_data.ipynb #5518da07
 with warnings.catch_warnings():
-    warnings.simplefilter('ignore', FutureWarning)
+    warnings.simplefilter('ignore')
     from fastai.data.block import DataBlock, MultiCategoryBlock, TransformBlock
     from fastai.data.transforms import IntToFloatTensor, Normalize
     from fastai.torch_core import TensorImageBW

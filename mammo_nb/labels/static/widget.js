@@ -2,6 +2,7 @@
 // A press is applied here at once, kept in localStorage, sent, and forgotten only when the kernel has committed it.
 
 const RESEND = 2000, ASK_AGAIN = 4000, PATIENCE = 4000, MAX_UNSAVED = 25, PAUSE = 60000;
+const DAMAGED = "The thumbnail of this image is damaged; skip it and run preprocess again.";
 const WINDOWS = ["as stored", "wide", "stretched"];
 const HEX = (n) => Array.from(crypto.getRandomValues(new Uint8Array(n)), (b) => b.toString(16).padStart(2, "0")).join("");
 const now = () => performance.now();
@@ -43,31 +44,53 @@ class Outbox {
   }
 }
 
-// ---- decoded images around the current one
+// ---- decoded images around the current one: each as a bitmap of the size it is shown in, so that showing it is only copying;
+// the whole thumbnail is decoded when somebody zooms or changes the window
 
 class Ring {
-  constructor(send, changed) { Object.assign(this, { send, changed, held: new Map() }); }
+  constructor(send, changed, room) { Object.assign(this, { send, changed, room, held: new Map() }); }
   get(id) { return this.held.get(id); }
   want(ids) {  // most urgent first
     const keep = new Set(ids), t = now();
     for (const [id, x] of this.held) if (!keep.has(id)) { this.#drop(x); this.held.delete(id); }
-    const ask = ids.filter((id) => { const x = this.held.get(id); return !x || (!x.bitmap && !x.error && t - x.asked > ASK_AGAIN); });
+    const ask = ids.filter((id) => { const x = this.held.get(id); return !x || (!x.blob && !x.error && t - x.asked > ASK_AGAIN); });
     for (const id of ask) this.held.set(id, { asked: t });
     if (ask.length) this.send({ do: "images", ids: ask });
   }
   async arrived(m, buffer) {
     const x = this.held.get(m.id);
-    if (!x || x.bitmap) return;
+    if (!x || x.blob) return;
     if (m.error) { x.error = m.error; return this.changed(m.id); }
-    try {
-      const bitmap = await createImageBitmap(new Blob([buffer], { type: "image/png" }));
-      if (this.held.get(m.id) !== x || x.bitmap) return bitmap.close();
-      Object.assign(x, { bitmap, rows: m.rows || bitmap.height, cols: m.cols || bitmap.width });
-    } catch { x.error = "The thumbnail of this image is damaged; skip it and run preprocess again."; }
-    this.changed(m.id);
+    const head = new DataView(buffer.buffer ?? buffer, buffer.byteOffset ?? 0);
+    if (head.byteLength < 24 || head.getUint32(12) !== 0x49484452) { x.error = DAMAGED; return this.changed(m.id); }
+    const w = head.getUint32(16), h = head.getUint32(20);
+    Object.assign(x, { blob: new Blob([buffer], { type: "image/png" }), w, h, rows: m.rows || h, cols: m.cols || w });
+    await this.fit(m.id);
   }
-  #drop(x) { x.bitmap?.close(); x.toned?.bitmap.close?.(); }
-  forget(id) { const x = this.held.get(id); if (x) this.#drop(x); this.held.delete(id); }
+  async fit(id) {  // decode at the size of the stage, off the main thread
+    const x = this.held.get(id), [W, H] = this.room(), s = Math.min(W / x.cols, H / x.rows);
+    const resizeWidth = Math.max(1, Math.round(x.cols * s)), resizeHeight = Math.max(1, Math.round(x.rows * s));
+    if (x.fitting === `${resizeWidth}x${resizeHeight}`) return;
+    x.fitting = `${resizeWidth}x${resizeHeight}`;
+    try {
+      const fitted = await createImageBitmap(x.blob, { resizeWidth, resizeHeight, resizeQuality: "high" });
+      if (this.held.get(id) !== x || x.fitting !== `${resizeWidth}x${resizeHeight}`) return fitted.close();
+      x.fitted?.close();
+      x.fitted = fitted;
+    } catch { x.error = DAMAGED; }
+    this.changed(id);
+  }
+  whole(id) {  // the thumbnail itself, once it is there
+    const x = this.held.get(id);
+    if (x.bitmap || x.decoding || !x.blob) return x.bitmap;
+    x.decoding = createImageBitmap(x.blob).then((b) => {
+      if (this.held.get(id) !== x) return b.close();
+      x.bitmap = b;
+      this.changed(id);
+    }, () => { x.error = DAMAGED; this.changed(id); });
+  }
+  resized() { for (const [id, x] of this.held) if (x.blob) this.fit(id); }
+  #drop(x) { x.fitted?.close(); x.bitmap?.close(); }
   clear() { for (const x of this.held.values()) this.#drop(x); this.held.clear(); }
 }
 
@@ -110,7 +133,7 @@ class Labeler {
     for (const k of ["cohort", "rater", "findings", "ahead", "behind"]) this[k] = model.get(k);
     this.keys = model.get("key_map");
     this.outbox = new Outbox(`mammo_nb:${model.get("store_id")}:${this.rater}:`);
-    this.ring = new Ring((m) => this.send(m), (id) => id === this.id && this.show());
+    this.ring = new Ring((m) => this.send(m), (id) => id === this.id && this.show(), () => [this.canvas.width, this.canvas.height]);
     Object.assign(this, { window: 0, inverted: false, zoom: null, detail: null, peeked: new Set(), paces: [], accepted: 0, refused: 0, offset: 0, last: 0 });
     this.actions = this.#actions();
     this.#build();
@@ -255,6 +278,7 @@ class Labeler {
   }
   acked(m) {
     for (const [c, s] of m.acks) this.outbox.done(c, s);
+    this.root.dispatchEvent(new CustomEvent("mammo:acked", { detail: { acks: m.acks, time: now() } }));
     for (const [c, s, text] of m.refused) { this.outbox.done(c, s); this.complain(`A label was refused: ${text}`); }
     for (const [id, label] of Object.entries(m.mine)) if (!this.outbox.has(id)) this.setMine(id, label);
     if (m.error) this.complain(`Not saved yet: ${m.error}`, "save");
@@ -317,6 +341,7 @@ class Labeler {
     if (this.ahead) add(this.pos + 1);
     for (let k = 1; k <= this.behind; k++) { add(this.pos - k); const e = this.stack.at(-k); if (e) add(this.at.get(e.id)); }
     this.ring.want(want);
+    if (this.inverted || this.window === 2) for (const id of want.slice(0, 3)) if (this.ring.get(id)?.blob) this.ring.whole(id);
   }
 
   // ---- a press
@@ -398,11 +423,12 @@ class Labeler {
 
   flash(text, a) {
     this.t.flash.textContent = text;
-    this.t.flash.className = `mm-flash mm-${a === "refused" ? "refused" : "said"}`;
-    this.t.flash.getAnimations().forEach((x) => x.cancel());
-    this.t.flash.animate([{ opacity: 1 }, { opacity: 1, offset: 0.6 }, { opacity: 0 }], { duration: 1600, fill: "forwards" });
-    const b = a === "refused" ? null : this.counters[this.kind(a)]?.b;
-    b?.animate([{ background: "#5c4619", borderColor: "#e0a83b" }, {}], { duration: 400 });
+    this.t.flash.className = `mm-flash mm-${a === "refused" ? "refused" : "said"} mm-on`;  // on and off, no animation: frames are for pictures
+    this.lit?.classList.remove("mm-lit");
+    this.lit = a === "refused" ? null : this.counters[this.kind(a)]?.b;
+    this.lit?.classList.add("mm-lit");
+    clearTimeout(this.flashed);
+    this.flashed = setTimeout(() => { this.t.flash.classList.remove("mm-on"); this.lit?.classList.remove("mm-lit"); }, 1200);
   }
   counts() {
     const c = { ...(this.outside || {}) };
@@ -447,16 +473,20 @@ class Labeler {
     this.canvas.width = w;
     this.canvas.height = hh;
     this.show();
+    this.ring.resized();
   }
   geometry(x) {  // where the whole image lies on the canvas, in device pixels
-    const W = this.canvas.width, H = this.canvas.height, fit = Math.min(W / x.cols, H / x.rows), s = this.zoom?.s ?? fit, w = x.cols * s, hh = x.rows * s;
+    const W = this.canvas.width, H = this.canvas.height, fit = Math.min(W / x.cols, H / x.rows), s = this.zoom?.s ?? fit, w = Math.round(x.cols * s), hh = Math.round(x.rows * s);
     const place = (view, size, c) => (size <= view ? (view - size) / 2 : Math.min(0, Math.max(view - size, view / 2 - c * size)));
     const x0 = place(W, w, this.zoom?.cx ?? 0.5), y0 = place(H, hh, this.zoom?.cy ?? 0.5);
-    return { s, fit, w, h: hh, x: this.zoom ? Math.round(x0) : x0, y: this.zoom ? Math.round(y0) : y0 };  // at 1:1 a pixel is a pixel
+    return { s, fit, w, h: hh, x: Math.round(x0), y: Math.round(y0) };  // whole pixels: nothing is blurred by half of one
   }
-  toned(x) {  // the thumbnail in the grey levels asked for
+  picture(x) {  // what to draw: at its size as it is, else the whole thumbnail in the grey levels asked for
     const want = `${this.window === 2}/${this.inverted}`;
-    if (want === "false/false") return x.bitmap;
+    if (want === "false/false" && !this.zoom) return x.fitted;
+    const whole = this.ring.whole(this.id);
+    if (want === "false/false") return whole || x.fitted;
+    if (!whole) return null;
     if (x.toned?.as !== want) x.toned = { as: want, bitmap: tone(x.bitmap, this.window === 2 ? (x.range ??= spread(x.bitmap)) : null, this.inverted) };
     return x.toned.bitmap;
   }
@@ -465,11 +495,12 @@ class Labeler {
     const g = this.g, W = this.canvas.width, H = this.canvas.height, x = this.ring.get(this.id), id = this.id;
     g.fillStyle = "#0a0a0a";
     g.fillRect(0, 0, W, H);
-    if (x?.bitmap) {
-      const p = this.geometry(x), d = this.detail;
-      g.imageSmoothingEnabled = true;
-      g.imageSmoothingQuality = p.w < x.bitmap.width * 0.75 ? "high" : "medium";
-      g.drawImage(this.toned(x), p.x, p.y, p.w, p.h);
+    const what = x?.fitted && this.picture(x);
+    if (what) {
+      const p = this.geometry(x), d = this.detail, asis = what.width === p.w && what.height === p.h;
+      g.imageSmoothingEnabled = !asis;
+      g.imageSmoothingQuality = p.w < what.width * 0.75 ? "high" : "medium";
+      g.drawImage(what, p.x, p.y, p.w, p.h);
       if (d && d.id === id && d.window === this.window) {
         g.imageSmoothingEnabled = p.s < 2;
         g.drawImage(this.tonedDetail(d, x), p.x + d.x * p.w, p.y + d.y * p.h, d.w * p.w, d.h * p.h);
@@ -498,11 +529,11 @@ class Labeler {
     this.t.study.textContent = this.done || !st ? "" : `study ${st[0]} · image ${st[1]} of ${st[2]}`;
     this.t.place.textContent = this.queue ? `${Math.min(this.pos + 1, n)} / ${n}` : "";
     this.t.chip.textContent = mine === undefined ? "" : mine === "skip" ? "skipped" : this.title(mine);
-    this.t.note.textContent = this.done || !x?.bitmap ? "" : [this.window === 1 && this.detail?.window !== 1 ? (this.noDetail || "wide window: reading the file …") : WINDOWS[this.window],
+    this.t.note.textContent = this.done || !x?.fitted ? "" : [this.window === 1 && this.detail?.window !== 1 ? (this.noDetail || "wide window: reading the file …") : WINDOWS[this.window],
       this.inverted ? "inverted" : "", this.zoom ? this.zoomText(x) : ""].filter(Boolean).join(" · ");
     const left = this.ids.filter((id) => this.mine.get(id) === "skip").length;
     this.t.big.textContent = !this.queue ? "Starting …" : !n ? "This queue is empty." : this.done ? (this.next(-1) < n ? "End of the queue" : `Queue finished: all ${n} images are done` + (left ? `, ${left} of them skipped.` : ".") + " Choose another queue above.")
-      : x?.error || (x?.bitmap ? "" : "Loading …");
+      : x?.error || (x?.fitted ? "" : "Loading …");
     this.canvas.setAttribute("aria-label", this.done ? "no image" : [view, `image ${this.pos + 1} of ${n}`, mine === undefined ? "not labelled" : `labelled ${this.title(mine)}`].filter(Boolean).join(", "));
     this.status();
   }
@@ -514,12 +545,12 @@ class Labeler {
   // ---- zoom: the thumbnail at once, full detector resolution when the kernel has read the file
 
   toggleZoom(px, py) {
-    const x = this.ring.get(this.id), fit = x?.bitmap && this.geometry(x).fit;
+    const x = this.ring.get(this.id), fit = x?.fitted && this.geometry(x).fit;
     this.setZoom(this.zoom || !fit ? null : { s: fit < 0.8 ? 1 : fit * 2.5 }, px, py);
   }
   setZoom(z, px, py) {
     const x = this.ring.get(this.id);
-    if (!x?.bitmap) return;
+    if (!x?.fitted) return;
     const p = this.geometry(x), W = this.canvas.width, H = this.canvas.height, at = this.pointer || { x: W / 2, y: H / 2 };
     const cx = px ?? at.x, cy = py ?? at.y, fx = Math.min(1, Math.max(0, (cx - p.x) / p.w)), fy = Math.min(1, Math.max(0, (cy - p.y) / p.h));
     const s = z && Math.min(8, Math.max(z.s, p.fit));
@@ -537,7 +568,7 @@ class Labeler {
   }
   pan(dx, dy) {
     const x = this.ring.get(this.id);
-    if (!this.zoom || !x?.bitmap) return;
+    if (!this.zoom || !x?.fitted) return;
     this.zoom.cx -= dx / (x.cols * this.zoom.s);
     this.zoom.cy -= dy / (x.rows * this.zoom.s);
     this.#clamp(x);
@@ -558,7 +589,7 @@ class Labeler {
     clearTimeout(this.detailTimer);
     this.detailTimer = setTimeout(() => {
       const x = this.ring.get(this.id);
-      if (!x?.bitmap || this.stopped || (!this.zoom && this.window !== 1)) return;
+      if (!x?.fitted || this.stopped || (!this.zoom && this.window !== 1)) return;
       const v = this.visible(x), p = this.geometry(x), d = this.detail, scale = Math.min(1, p.s);
       if (d && d.id === this.id && d.window === this.window && d.scale >= scale * 0.99 && this.inside(d, v)) return;
       const m = this.zoom ? 0.2 : 0, x0 = Math.max(0, v.x - v.w * m), y0 = Math.max(0, v.y - v.h * m);
@@ -581,7 +612,7 @@ class Labeler {
   tonedDetail(d, x) {
     const want = `${this.window === 2}/${this.inverted}`;
     if (want === "false/false") return d.bitmap;
-    if (d.toned?.as !== want) d.toned = { as: want, bitmap: tone(d.bitmap, this.window === 2 ? (x.range ??= spread(x.bitmap)) : null, this.inverted) };
+    if (d.toned?.as !== want) d.toned = { as: want, bitmap: tone(d.bitmap, this.window === 2 ? (x.range ??= spread(x.bitmap || x.fitted)) : null, this.inverted) };
     return d.toned.bitmap;
   }
   dropDetail() { this.detail?.bitmap.close(); this.detail = null; this.noDetail = ""; delete this.root.dataset.detail; }
@@ -649,7 +680,7 @@ class Labeler {
       if (this.root.dataset.focus !== "yes" || e.ctrlKey) return;  // without focus the page scrolls
       e.preventDefault();
       const x = this.ring.get(this.id), p = at(e);
-      if (x?.bitmap) this.setZoom({ s: this.geometry(x).s * Math.exp(-e.deltaY * 0.002) }, p.x, p.y);
+      if (x?.fitted) this.setZoom({ s: this.geometry(x).s * Math.exp(-e.deltaY * 0.002) }, p.x, p.y);
     }, { passive: false });
   }
 }
