@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent/'shared'
-SMALL = dict(thumbnail_size=256, model_size=64, epochs=2, queue_size=16, patients=10, patients_b=5, image_size=256, rounds=2)
+SMALL = dict(thumbnail_size=256, model_size=64, epochs=2, min_steps=8, queue_size=16, patients=10, patients_b=5, image_size=256, rounds=2)
 
 
 def small_project(folder: Path, **changes) -> Path:

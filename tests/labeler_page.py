@@ -84,8 +84,8 @@ RECORD = '''() => {
 def image_id(n): return f'{n:016x}'
 
 
-def make_cohort(folder, n=40, hold_out=8, rows=320, cols=256, dicom=False, predictions=True, image=marked_image):
-    "`outputs/<cohort>` with `n` marked pictures of 4-view studies; the last `hold_out` are hold-out. `dicom`: files behind them as well"
+def make_cohort(folder, n=40, hold_out=8, rows=320, cols=256, dicom=False, predictions=True, image=marked_image, pictures=None):
+    "`outputs/<cohort>` with `n` marked pictures of 4-view studies; the last `hold_out` are hold-out. `dicom`: files behind them as well; `pictures`: only so many of them"
     folder = Path(folder)
     folder.mkdir(parents=True)
     s = load_settings(ROOT/'settings.ini')
@@ -97,7 +97,7 @@ def make_cohort(folder, n=40, hold_out=8, rows=320, cols=256, dicom=False, predi
         for i in range(n): write_dicom(folder.parent/'dicom'/f'{i}.dcm', i, rows*4, cols*4)
         write_parquet(m, folder/'manifest.parquet', s, dicom_dir=str(folder.parent/'dicom'))
     thumbs = Thumbnails(folder/'thumbnails')
-    for i in range(n): thumbs.put(image_id(i), image(i, rows, cols))
+    for i in range(n if pictures is None else pictures): thumbs.put(image_id(i), image(i, rows, cols))
     with LabelStore(folder/'labels.sqlite', s) as store:
         store.sync_images(m)
         store.set_queue('round-001', [image_id(i) for i in range(n - hold_out)])

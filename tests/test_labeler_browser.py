@@ -6,6 +6,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -202,6 +204,11 @@ def test_queues_from_the_bar(lab):
     choose(p, 'round-001')
     assert p.state('ready').shown() == 3
     want = same(p, c)
+    choose(p, 'hold_out').save()
+    p.page.reload()                                 # a reloaded page goes on in the queue chosen last
+    p.wait_kernel()
+    p.state('ready')
+    assert p.data('queue') == 'hold_out' and p.shown() == order[2]
     assert [m for l, m in want[3:7]] == [order[0], order[1], order[1], order[1]]
     with store(c) as s:
         assert s._one("SELECT count(*) FROM events WHERE queue = 'hold_out' AND saw_model = 0")[0] == 4
@@ -378,7 +385,7 @@ def test_no_more_keys_at_25_unsaved(lab):
 
 def test_kernel_killed_in_the_middle_of_bursts(lab):
     c = lab.cohort(n=KILLS*20 + 30)
-    p, rng = watch(lab.open('kills', labeler_cell(c))), random.Random(7)
+    p, rng = watch(lab.open('kills', labeler_cell(c, ahead=24))), random.Random(7)
     for k in range(KILLS):
         keys, moment = rng.choices('1234su', weights=[4, 4, 8, 2, 1, 2], k=20), rng.randrange(2, 18)
         for i, key in enumerate(keys):
@@ -487,6 +494,36 @@ def test_mouse_touch_and_names(lab):
     assert p.state('ready').shown() == 5
 
 
+# ---- without a notebook
+
+
+def test_voila_page_with_a_token_on_this_machine_only(lab, tmp_path):
+    c = lab.cohort()
+    (tmp_path/'settings.ini').write_text((ROOT/'settings.ini').read_text().replace('outputs = outputs', f'outputs = {tmp_path}'))
+    cmd = [sys.executable, '-c', 'from mammo_nb.core.run import main; main()', 'label', 'demo_a', '--rater', 'zoe']
+    proc = subprocess.Popen(cmd, cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        url = re.search(r'http://127\.0\.0\.1:(\d+)/\?token=\S{20,}', proc.stdout.readline())
+        assert url
+        ctx, asked = lab.context(), []
+        page = ctx.new_page()
+        page.on('request', lambda r: asked.append(r.url))
+        page.goto(url[0])
+        p = Page(page).state('ready').focus().press('12s')
+        same(p, c, 'zoe')
+        assert all(a.startswith((f'http://127.0.0.1:{url[1]}/', 'blob:http://127.0.0.1', 'data:')) for a in asked), 'nothing comes from elsewhere'
+        stranger = lab.context().new_page()
+        stranger.goto(url[0].split('?')[0])
+        assert 'login' in stranger.url and not stranger.query_selector('.mm-root')
+        if Path('/proc/net/tcp').exists():
+            listening = [l.split()[1] for l in Path('/proc/net/tcp').read_text().splitlines()[1:] if l.split()[3] == '0A']
+            assert [a for a in listening if a.endswith(f':{int(url[1]):04X}')] == [f'0100007F:{int(url[1]):04X}']
+    finally:
+        os.killpg(proc.pid, signal.SIGTERM)
+        proc.wait(20)
+        proc.stdout.close()
+
+
 # ---- large and long, saved and seen
 
 
@@ -505,7 +542,7 @@ def few_pictures(n, rows, cols, made={}): return made.setdefault(n % 64, marked_
 def test_opening_five_thousand_images(lab):
     times = {}
     for n in (50, 5000):
-        c = lab.cohort(f'c{n}', n=n, hold_out=10, image=few_pictures, rows=80, cols=64)
+        c = lab.cohort(f'c{n}', n=n, hold_out=10, pictures=40, rows=80, cols=64)
         lab.server.notebook(f'large{n}', labeler_cell(c))
         p = Page(lab.common.new_page()).open(lab.server.url(f'large{n}'))
         t = time.monotonic()
@@ -557,6 +594,7 @@ def test_saved_notebook_holds_no_picture_and_no_patient_in_its_widget_state(lab)
 def test_screenshot(lab):
     "The picture in the README; MAMMO_SCREENSHOT says where to put it"
     import cv2
+    from PIL import Image
     from mammo_nb.dicom.phantom import phantom_image
     def phantom(n, rows, cols):
         got = phantom_image(view=['CC', 'CC', 'MLO', 'MLO'][n % 4], laterality='LR'[n % 2], size=(rows, cols), tool='clip' if n % 4 == 2 else None, seed=n + 3)
@@ -565,7 +603,8 @@ def test_screenshot(lab):
         return ((px - low) / (high - low) * 255).astype('uint8')
     c = lab.cohort(n=12, hold_out=4, rows=900, cols=720, image=phantom)
     with store(c) as s: s.set_queue('round-001', [image_id(i) for i in (3, 0, 1, 2, 4, 5, 6, 7)])
-    p = lab.open('demo', labeler_cell(c), context=lab.context(viewport=dict(width=1180, height=880)))
+    p = lab.open('demo', labeler_cell(c), context=lab.context(viewport=dict(width=1240, height=880)))
+    p.page.evaluate('() => window.jupyterapp.commands.execute("application:toggle-left-area")')
     for k in '313':
         p.press(k)
         p.page.wait_for_timeout(30)
@@ -573,6 +612,9 @@ def test_screenshot(lab):
     p.page.keyboard.press('m')
     p.root.locator('.mm-model meter').first.wait_for()
     shot = Path(os.environ.get('MAMMO_SCREENSHOT') or lab.folder/'labeler.png')
+    p.page.wait_for_function('() => !document.querySelector(".mm-on")')
     p.root.screenshot(path=shot)
+    Image.open(shot).convert('RGB').quantize(256, dither=Image.Dither.NONE).save(shot, optimize=True)
+    assert shot.stat().st_size < 200_000
     img = cv2.imread(str(shot), cv2.IMREAD_GRAYSCALE)
     assert img.std() > 20 and (img < 30).mean() > .3    # a picture on a dark stage

@@ -402,7 +402,7 @@ def test_predictions_newest_shows_older_stay(store):
     i = store.images()['image_id'][0]
     store.set_predictions(pl.DataFrame(dict(image_id=[i, 'unknown'], prob_biopsy=[.1, .1], prob_mag=[.2, .2])), 'm1')
     store.set_predictions(pl.DataFrame(dict(image_id=[i], biopsy=[.7], mag=[.8])), 'm2')
-    assert store.predictions() == {i: {'biopsy': .7, 'mag': .8}} and store._one('SELECT count(*) FROM predictions')[0] == 2
+    assert store.predictions() == store.predictions([i, '?']) == {i: {'biopsy': .7, 'mag': .8}} and store.predictions([]) == {} and store._one('SELECT count(*) FROM predictions')[0] == 2
     row = view(store, 'predicted_at IS NOT NULL')
     assert len(row) == 1 and (row[0]['confidence_biopsy'], row[0]['confidence_mag']) == (.7, .8)
     with pytest.raises(StoreError, match='prob_biopsy, prob_mag'): store.set_predictions(pl.DataFrame(dict(image_id=[i])))

@@ -18,8 +18,8 @@ def settings_with(**sections):
 
 
 def tiny_settings(**train):
-    "64 pixels, a few steps"
-    return settings_with(image=dict(model_size=64, thumbnail_size=96), train=dict(epochs=1, min_steps=4, batch_size=8, lr=3e-3, pretrained='no') | train)
+    "64 pixels, a small network, a few steps"
+    return settings_with(image=dict(model_size=64, thumbnail_size=96), train=dict(arch='shufflenet_v2_x0_5', epochs=1, min_steps=4, batch_size=8, lr=3e-3, pretrained='no') | train)
 
 
 def toy_image(rng, tool, mag, h=96, w=72):

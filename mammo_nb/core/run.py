@@ -241,11 +241,11 @@ class _watching:
         if self.watch: self.thread.join()
         self.path.unlink(missing_ok=True)
 
-# %% ../../nbs/core/02_run.ipynb #53058a2b
+# %% ../../nbs/core/02_run.ipynb #a60b0d79
 _css = '''
 body{font:16px/1.55 system-ui,sans-serif;max-width:1080px;margin:2rem auto;padding:0 1.2rem;color:#1a1a1a;background:#fff}
 h1,h2,h3{line-height:1.25} img{max-width:100%;height:auto} blockquote{margin:0;padding:.2rem 1rem;border-left:4px solid #bbb;color:#444}
-table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums} td,th{padding:.25rem .7rem;border-bottom:1px solid #ddd;text-align:right}
+table{border-collapse:collapse;margin:1rem 0;border:0;font-variant-numeric:tabular-nums} td,th{padding:.25rem .7rem;border:0;border-bottom:1px solid #ddd;text-align:right}
 td:first-child,th:first-child{text-align:left} pre{white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px} footer{margin-top:3rem;color:#666;font-size:13px}
 '''
 
@@ -263,6 +263,7 @@ def write_report(
         for o in c.get('outputs', []): o.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
     body, _ = HTMLExporter(template_name='basic', exclude_input=True, exclude_output_prompt=True, exclude_anchor_links=True).from_notebook_node(nb)
     body = re.sub(r'<script\b.*?</script>', '', body, flags=re.S)
+    body = re.sub(r'<td>(?:&quot;|")(.*?)(?:&quot;|")</td>', r'<td>\1</td>', body)  # polars puts text into quotes
     title = nb.cells[0].source.splitlines()[0].lstrip('# ') if nb.cells else notebook.stem
     write_text(html, f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>'
                      f'<style>{_css}</style><body>{body}<footer>mammo_nb {mammo_nb.__version__} · {utc_now()}</footer></body></html>\n')
@@ -299,12 +300,12 @@ def _yaml(path):
     if not isinstance(d, dict): raise MammoError(f"-f {path} holds no parameters; write lines such as cohort: leeds")
     return d
 
-# %% ../../nbs/core/02_run.ipynb #ceac24bc
+# %% ../../nbs/core/02_run.ipynb #897959b8
 def _run_shown(name, params, root=None, label=None):
     "Runs a stage with a live line in the terminal"
     label = label or f'{name} {params.get("cohort", "")}'.strip()
     cols = SpinnerColumn(), TextColumn('{task.description}'), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn()
-    with Bar(*cols, console=console, transient=True) as bar:
+    with Bar(*cols, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(label, total=None)
         watch = lambda p: bar.update(task, description=f'{label} · {p["desc"]}', completed=p['n'], total=p['total'])
         run = run_stage(name, params, root, watch)
@@ -402,24 +403,26 @@ def _cmd_doctor():
     console.print(table)
     if not all(ok for *_, ok in rows): raise typer.Exit(1)
 
-# %% ../../nbs/core/02_run.ipynb #a4c84acf
+# %% ../../nbs/core/02_run.ipynb #a04068c0
 def _funnel_lines(m):
     f = m['funnel']
     yield f"found {f['found']:,} = {f['predicted']:,} predicted + {f['rejected']:,} rejected + {f['duplicate']:,} duplicates"
     for reason, n in f['reasons'].items(): yield f'  {n:4d} × {reason}'
 
-def _interval(x): return f"{x['value']:.3f} ({x['low']:.3f}–{x['high']:.3f})"
+def _interval(x): return 'unknown' if x['value'] is None else f"{x['value']:.3f} ({x['low']:.3f}–{x['high']:.3f})"
 
-# %% ../../nbs/core/02_run.ipynb #57702eda
-def _demo_rounds(rounds, base, root):
-    "Label, train, label, train …; the last round's metrics and the table of labels against accuracy"
-    table = Table('round', 'labels', 'hold-out accuracy', 'exact match', 'seconds', box=None)
-    for r in range(1, rounds + 1):
+# %% ../../nbs/core/02_run.ipynb #f83103db
+def _rounds_done(folder): return sorted(folder.glob('rounds/[0-9]*/bundle.json'))
+
+def _demo_rounds(rounds, base, s, root):
+    "Label, train, label, train …, going on where an earlier run stopped; the rounds' records, the last one's folder"
+    folder = Path(base.get('outputs', s.outputs))/'demo_a'
+    while len(_rounds_done(folder)) < rounds:
+        r = len(_rounds_done(folder)) + 1
         _run_shown('label', base | dict(cohort='demo_a', rater='oracle'), root, f'label demo_a, round {r}')
-        run = _run_shown('train', base | dict(cohort='demo_a'), root, f'train demo_a, round {r}')
-        m = run.metrics
-        table.add_row(str(r), str(m['labels']), _interval(m['accuracy']), _interval(m['exact_match']), f'{run.seconds:.0f}')
-    return m, table
+        _run_shown('train', base | dict(cohort='demo_a'), root, f'train demo_a, round {r}')
+    done = _rounds_done(folder)
+    return [json.loads(p.read_text(encoding='utf-8')) for p in done], done[-1].parent
 
 @app.command('demo')
 def _cmd_demo(
@@ -431,29 +434,36 @@ def _cmd_demo(
     base = _absolute({'outputs': str(outputs)}) if outputs else {}
     console.print(f'Two made-up hospitals, {s.demo.patients} and {s.demo.patients_b} patients; everything goes to {Path(base.get("outputs", s.outputs))}\n', soft_wrap=True)
     a = _run_shown('preprocess', base | dict(cohort='demo_a'), s.root)
-    m, table = _demo_rounds(rounds or s.demo.rounds, base, s.root)
+    done, bundle = _demo_rounds(rounds or s.demo.rounds, base, s, s.root)
     _run_shown('preprocess', base | dict(cohort='demo_b'), s.root)
-    bundle = m['bundle']
-    b = _run_shown('infer', base | dict(cohort='demo_b', bundle=bundle), s.root)
+    b = _run_shown('infer', base | dict(cohort='demo_b', bundle=str(bundle)), s.root)
     _run_shown('label', base | dict(cohort='demo_b', rater='oracle', queue='all'), s.root, 'label demo_b, to check')
-    review = _run_shown('review', base | dict(cohort='demo_b', bundle=bundle), s.root)
-    _demo_summary(a, m, table, b, review, time.monotonic() - began)
+    review = _run_shown('review', base | dict(cohort='demo_b', bundle=str(bundle)), s.root)
+    _demo_summary(a.metrics, done, b.metrics, review, time.monotonic() - began)
 
-# %% ../../nbs/core/02_run.ipynb #ab431f78
-def _demo_summary(a, m, table, b, review, seconds):
-    console.print(f"\n[bold]Cohort A[/]  {a.metrics['patients']} patients, {a.metrics['images']} images\n")
+# %% ../../nbs/core/02_run.ipynb #9fbea5a3
+def _demo_summary(a, rounds, b, review, seconds):
+    last = rounds[-1]
+    console.print(f"\n[bold]Cohort A[/]  {a['patients']} patients, {a['images']} images, {last['labels']['hold_out']} of them held out\n")
+    table = Table('round', 'labels', 'hold-out accuracy', 'exact match', 'seconds', box=None)
+    for r in rounds:
+        x = r['scores']['image']
+        table.add_row(str(r['round']), str(r['labels']['train']), _interval(x['accuracy']), _interval(x['exact_match']), f"{r['seconds']:.0f}")
     console.print(table)
-    if m.get('warning'): console.print(f"  [yellow]{m['warning']}[/]", soft_wrap=True)
-    scores = Table('hold-out of A', 'sensitivity', 'specificity', box=None)
-    for f, x in m['findings'].items(): scores.add_row(f, _interval(x['sensitivity']), _interval(x['specificity']))
+    for w in last['warnings']: console.print(f'  [yellow]{w}[/]', soft_wrap=True)
+    scores = Table('hold-out of A', 'images', 'with it', 'sensitivity', 'specificity', box=None)
+    for f, x in last['scores']['image']['findings'].items(): scores.add_row(f, str(x['n']), str(x['positives']), _interval(x['sensitivity']), _interval(x['specificity']))
     console.print('\n', scores, '  95 % intervals: bootstrap over patients', sep='')
+    _demo_abroad(b, review)
+    console.print(f'\nReport: {review.folder/"report.html"}\n{seconds/60:.1f} minutes in all', soft_wrap=True)
+
+def _demo_abroad(b, review):
     console.print('\n[bold]Cohort B[/]  another hospital, never seen in training')
-    for line in _funnel_lines(b.metrics): console.print('  ' + line, soft_wrap=True)
-    console.print(f"  {b.metrics['images_per_second']:.1f} images per second, DICOM file to probability")
-    console.print(f"  {b.metrics['studies_flagged']} of {b.metrics['studies']} studies flagged → {b.metrics['studies_csv']}", soft_wrap=True)
+    for line in _funnel_lines(b): console.print('  ' + line, soft_wrap=True)
+    rate = f"{b['images_per_second']:.1f} images per second, DICOM file to probability" if b['images_per_second'] else 'all of it was predicted before'
+    console.print(f"  {rate}\n  {b['studies_flagged']} of {b['studies']} studies flagged → {b['studies_csv']}", soft_wrap=True)
     for f, x in review.metrics.get('findings', {}).items():
         console.print(f"  {f}: sensitivity {_interval(x['sensitivity'])}, specificity {_interval(x['specificity'])}")
-    console.print(f'\nReport: {review.folder/"report.html"}\n{seconds/60:.1f} minutes in all', soft_wrap=True)
 
 # %% ../../nbs/core/02_run.ipynb #5c89b439
 def main():

@@ -508,7 +508,7 @@ def store_id(self:LabelStore) -> str:
     "A random name given at birth, so that a browser can tell two cohorts of the same name apart."
     return self._one("SELECT value FROM facts WHERE name = 'store_id'")[0]
 
-# %% ../../nbs/labels/00_store.ipynb #89ae859b
+# %% ../../nbs/labels/00_store.ipynb #492d5117
 @patch
 def set_predictions(self:LabelStore,
     df: pl.DataFrame,  # image_id and a probability (0…1) per finding: prob_<name>, confidence_<name> or <name>
@@ -529,9 +529,13 @@ def set_predictions(self:LabelStore,
     return len(rows)
 
 @patch
-def predictions(self:LabelStore) -> dict:  # image_id -> {name: probability}
+def predictions(self:LabelStore,
+    image_ids=None,  # only of these
+) -> dict:  # image_id -> {name: probability}
     "The newest prediction of each image that has one."
-    return {i: json.loads(p) for i, p, _ in self._all("SELECT image_id, probs, max(version) FROM predictions GROUP BY image_id")}
+    only = '' if image_ids is None else 'WHERE image_id IN (SELECT value FROM json_each(?))'
+    rows = self._all(f'SELECT image_id, probs, max(version) FROM predictions {only} GROUP BY image_id', *([] if image_ids is None else [json.dumps(list(image_ids))]))
+    return {i: json.loads(p) for i, p, _ in rows}
 
 # %% ../../nbs/labels/00_store.ipynb #620baa57
 def _kappa(t):

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['OWN_KEYS', 'has_page', 'render_wide', 'Detail', 'Labeler', 'kind', 'Agreement']
 
-# %% ../../nbs/labels/01_widget.ipynb #4e5ac529
+# %% ../../nbs/labels/01_widget.ipynb #d546f5bd
 import base64
 import copy
+import hashlib
 import os
 import threading
 from collections import OrderedDict
@@ -104,13 +105,14 @@ def _key_map(settings):
         if k in OWN_KEYS: raise MammoError(f"settings.ini: [keys] {k} is needed by the labeler itself ({', '.join(OWN_KEYS)}); choose another key.")
     return {k: a if isinstance(a, str) else list(a) for k, a in settings.keys.items()}
 
-# %% ../../nbs/labels/01_widget.ipynb #ed7bb06e
+# %% ../../nbs/labels/01_widget.ipynb #dfc6ca11
 class Labeler(anywidget.AnyWidget):
     "Shows a queue's images one by one and records what a rater presses."
     _esm, _css = Path(str(_static/'widget.js')), Path(str(_static/'widget.css'))
     cohort, rater, queue, store_id = T.Unicode().tag(sync=True), T.Unicode().tag(sync=True), T.Unicode().tag(sync=True), T.Unicode().tag(sync=True)
     key_map, findings = T.Dict().tag(sync=True), T.List().tag(sync=True)
     ahead, behind = T.Int(6).tag(sync=True), T.Int(2).tag(sync=True)
+    store = _worker = None  # until they are there
 
     def __init__(self,
         cohort_dir: str | Path,  # `outputs/<cohort>`
@@ -133,7 +135,7 @@ class Labeler(anywidget.AnyWidget):
         self.detail = Detail(self._path_of)
         self.on_msg(self._on_message)
 
-# %% ../../nbs/labels/01_widget.ipynb #85ab9f0a
+# %% ../../nbs/labels/01_widget.ipynb #3417d9b8
 @patch
 def _know_images(self:Labeler):
     "Syncs the manifest where there is one, and remembers per image its view, study and size"
@@ -157,7 +159,8 @@ def _queue_name(self:Labeler, queue):
     if isinstance(queue, str):
         self.store.queue(queue)
         return queue
-    ids, name = list(queue), f'list of {len(list(queue))}'
+    ids = list(dict.fromkeys(queue))
+    name = f"list {hashlib.sha256(' '.join(ids).encode()).hexdigest()[:6]}"
     if name not in self.store.queues() or self.store.queue(name) != ids: self.store.set_queue(name, ids)
     return name
 
@@ -214,14 +217,16 @@ def _events(self:Labeler, to, m):
         mine |= {e['image_id']: said.get(e['image_id']) for e in m['events'] if e.get('label') == 'undo' and e.get('queue') == q}
     self._say(to, 'ack', acks=stored, refused=refused, error=error, mine=mine, holder=self.store.lease(self.rater) if m['do'] == 'events' else None)
 
-# %% ../../nbs/labels/01_widget.ipynb #154bf25e
+# %% ../../nbs/labels/01_widget.ipynb #645f5a84
 @patch
 def _hello(self:Labeler, to, m):
     if m.get('events'): self._events(to, m | {'do': 'events'})
     if m.get('take'):
         self.store.take_lease(self.rater, to)
         self._say(None, 'lease', holder=to)
-    self._say(to, 'init', **self._queue_state(m.get('queue') or self.queue))
+    state = self._queue_state(m.get('queue') or self.queue)
+    self._say(to, 'init', **state)
+    self.queue = state['queue']  # where a reloaded page goes on
 
 @patch
 def queue_ids(self:Labeler,
@@ -265,7 +270,7 @@ def _menu(self:Labeler, current):
     stored = [q for q in self.store.queues() if q not in words]
     return [(q, words.get(q, q)) for q in dict.fromkeys([*stored[:12], current, *words])]
 
-# %% ../../nbs/labels/01_widget.ipynb #f040c0eb
+# %% ../../nbs/labels/01_widget.ipynb #258d0074
 @patch
 def _send_images(self:Labeler, to, m):
     for i in m['ids'][:64]:
@@ -279,7 +284,7 @@ def _send_images(self:Labeler, to, m):
 def _model(self:Labeler, to, m):
     i = m['id']
     if self._images[i][3] == 'hold_out': return self._say(to, 'model', id=i, reason='Predictions of hold-out images are never shown.')
-    probs = self.store.predictions().get(i)
+    probs = self.store.predictions([i]).get(i)
     if not probs: return self._say(to, 'model', id=i, reason='No model has seen this image yet.')
     self._say(to, 'model', id=i, probs=[(f.title, probs[f.name]) for f in self.settings.findings if f.name in probs])
 
@@ -334,7 +339,7 @@ def _repr_mimebundle_(self:Labeler, **kwargs):
         out = (data[0] if isinstance(data, tuple) else data or {}) | out
     return out
 
-# %% ../../nbs/labels/01_widget.ipynb #f2fa09fe
+# %% ../../nbs/labels/01_widget.ipynb #51fdb7cb
 class Agreement(NamedTuple):
     "How far the raters agree."
     kappa: pl.DataFrame  # per finding and pair of raters, with a 95 % interval
@@ -353,6 +358,6 @@ def labels(self:Labeler) -> pl.DataFrame:
 @patch
 def close(self:Labeler):
     "Ends the widget; the store is closed."
-    self._worker.shutdown(wait=False, cancel_futures=True)
+    if self._worker: self._worker.shutdown(wait=False, cancel_futures=True)
     super(Labeler, self).close()
-    self.store.close()
+    if self.store: self.store.close()

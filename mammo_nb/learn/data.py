@@ -6,6 +6,11 @@
 __all__ = ['labelled_frame', 'ImageCache', 'input_batch', 'placed', 'augment', 'ReadThumb', 'TrainView', 'PlainView', 'make_dls',
            'FindingsLoss', 'ExclusiveLoss', 'make_loss', 'n_outputs']
 
+# %% ../../nbs/learn/00_data.ipynb #6f281d76
+import os
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
 # %% ../../nbs/learn/00_data.ipynb #0be4be1a
 import warnings
 

@@ -7,15 +7,18 @@ __all__ = ['MEAN', 'STD', 'IMAGENET', 'Detail', 'make_model', 'find_weights', 'M
            'make_learner', 'n_epochs', 'fit', 'logits_of', 'temperature_of', 'history', 'plot_learning_curve',
            'plot_confusion', 'model_card', 'train_round']
 
-# %% ../../nbs/learn/01_rounds.ipynb #7181b573
+# %% ../../nbs/learn/01_rounds.ipynb #6f281d76
+import os
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+# %% ../../nbs/learn/01_rounds.ipynb #06e42094
 import copy
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
-import socket
 import threading
 import time
 import urllib.request
@@ -26,13 +29,12 @@ import numpy as np
 import polars as pl
 import torch
 import torchvision
-from matplotlib.figure import Figure
 from scipy.optimize import minimize_scalar
 from torch import nn
 from torch.nn import functional as F
 
 from ..cohort.manifest import read_manifest
-from ..cohort.thumbs import Thumbnails
+from ..cohort.thumbs import Sheet, Thumbnails
 from ..core.engine import Progress, atomic_path, disk_problem, write_parquet
 from ..core.settings import MammoError
 from ..labels.store import LabelStore
@@ -376,7 +378,7 @@ def temperature_of(
         return F.binary_cross_entropy(p[known].clamp(1e-7, 1-1e-7), yt[known]).item()
     return float(math.exp(minimize_scalar(nll, bounds=(math.log(.25), math.log(8)), method='bounded').x))
 
-# %% ../../nbs/learn/01_rounds.ipynb #83642b8c
+# %% ../../nbs/learn/01_rounds.ipynb #d6f9b15f
 def history(
     cohort_dir: str | Path,  # outputs/<cohort>
 ) -> list[dict]:  # the `bundle.json` of every round, oldest first
@@ -390,9 +392,9 @@ def history(
 def plot_learning_curve(
     rounds: list[dict],  # from `history`
     level: str = 'image',  # or 'study'
-) -> Figure:
+) -> Sheet:
     "Labels against hold-out accuracy with 95 % intervals, one line over all findings and one per finding."
-    fig = Figure(figsize=(5.2, 3.2), layout='constrained')
+    fig = Sheet(figsize=(5.2, 3.2), layout='constrained')
     ax = fig.subplots()
     have = [r for r in rounds if (r.get('scores') or {}).get(level, {}).get('accuracy', {}).get('value') is not None]
     x = [r['labels']['train'] for r in have]
@@ -412,10 +414,10 @@ def plot_learning_curve(
 def plot_confusion(
     report: dict,  # one level of a `score_report`
     titles=None,  # a title per finding
-) -> Figure:
+) -> Sheet:
     "A confusion matrix per finding."
     names = list(report['findings'])
-    fig = Figure(figsize=(2.5*len(names), 2.6), layout='constrained')
+    fig = Sheet(figsize=(2.5*len(names), 2.6), layout='constrained')
     for ax, n, t in zip(np.atleast_1d(fig.subplots(1, len(names))), names, titles or names):
         s = report['findings'][n]
         m = np.array([[s['tn'], s['fp']], [s['fn'], s['tp']]])

@@ -132,7 +132,7 @@ class Labeler {
     Object.assign(this, { model, el, client: `page-${HEX(8)}`, seq: 0, ids: [], at: new Map(), mine: new Map(), stack: [], pos: 0 });
     for (const k of ["cohort", "rater", "findings", "ahead", "behind"]) this[k] = model.get(k);
     this.keys = model.get("key_map");
-    this.outbox = new Outbox(`mammo_nb:${model.get("store_id")}:${this.rater}:`);
+    this.outbox = new Outbox(`mammo_nb:${model.get("store_id")}:${encodeURIComponent(this.rater)}:`);
     this.ring = new Ring((m) => this.send(m), (id) => id === this.id && this.show(), () => [this.canvas.width, this.canvas.height]);
     Object.assign(this, { window: 0, inverted: false, zoom: null, detail: null, peeked: new Set(), paces: [], accepted: 0, refused: 0, offset: 0, last: 0 });
     this.actions = this.#actions();
@@ -271,7 +271,7 @@ class Labeler {
     else if (m.re === "model") this.opinion(m);
     else if (m.re === "detail") this.gotDetail(m, buffers[0]);
     else if (m.re === "error") {
-      if (this.greeting && m.about === "hello") this.greeting = null;
+      if (m.about === "hello" && this.queue) this.greeting = null;  // stay with the queue we have; at the start, ask again
       this.complain(m.text);
     }
     this.status();
@@ -279,7 +279,13 @@ class Labeler {
   acked(m) {
     for (const [c, s] of m.acks) this.outbox.done(c, s);
     this.root.dispatchEvent(new CustomEvent("mammo:acked", { detail: { acks: m.acks, time: now() } }));
-    for (const [c, s, text] of m.refused) { this.outbox.done(c, s); this.complain(`A label was refused: ${text}`); }
+    for (const [c, s, text] of m.refused) {
+      const e = this.outbox.waiting.get(`${c}/${s}`);
+      this.outbox.done(c, s);
+      this.stack = this.stack.filter((x) => x.client !== c || x.seq !== s);
+      if (e && e.label !== "undo") this.setMine(e.image_id, null);
+      this.complain(`A label was refused: ${text}`);
+    }
     for (const [id, label] of Object.entries(m.mine)) if (!this.outbox.has(id)) this.setMine(id, label);
     if (m.error) this.complain(`Not saved yet: ${m.error}`, "save");
     else if (this.errorAbout === "save") this.complain("");

@@ -1,0 +1,17 @@
+"""Every building-block notebook runs from top to bottom, as nbdev-test runs it; the stages are run in test_stages."""
+import os
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+
+BLOCKS = sorted(p.relative_to(ROOT) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts and not p.name[0].isdigit() or p.parent.name != 'nbs')
+
+
+@pytest.mark.parametrize('notebook', [b for b in BLOCKS if '.ipynb_checkpoints' not in b.parts], ids=str)
+def test_notebook(notebook):
+    code = "import sys\nfrom nbdev.test import test_nb\nok, _ = test_nb(sys.argv[1], skip_flags=['notest', 'slow'])\nsys.exit(not ok)"
+    done = subprocess.run([sys.executable, '-c', code, ROOT/notebook], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'MPLBACKEND': 'agg'})
+    assert done.returncode == 0, done.stderr[-4000:]
