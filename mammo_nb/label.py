@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['open_store', 'next_round', 'pick_queue', 'ask_oracle', 'label_table', 'labelled_sheet']
 
-# %% ../nbs/2_label.ipynb #dd98ad44
+# %% ../nbs/2_label.ipynb #74c25062
 import re
+from datetime import datetime
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,10 +34,13 @@ def open_store(
     store.sync_images(manifest)
     return store, manifest
 
-# %% ../nbs/2_label.ipynb #a1f52e32
+# %% ../nbs/2_label.ipynb #294eded2
 def _rounds(store): return sorted(q for q in store.queues() if re.fullmatch(r'round-\d{3,}', q))
 
-def _trained(folder, name): return any(int(p.name) >= int(name[6:]) for p in Path(folder).glob('rounds/*') if p.name.isdigit())
+def _trained(store, folder, name):
+    "Was a model made after this queue?"
+    asked = datetime.fromisoformat(store.queue_time(name)).timestamp()
+    return any(p.stat().st_mtime >= asked for p in Path(folder).glob('rounds/[0-9]*/bundle.json'))
 
 def next_round(
     store: LabelStore,
@@ -49,7 +53,9 @@ def next_round(
     number = int(rounds[-1][6:]) + 1 if rounds else 1
     labelled = set(store.labels()['image_id'])
     pool, probs = pool_frame(manifest, labelled, store.queue('skipped')), store.predictions()
-    pool = pool.with_columns(pl.Series(f'prob_{f}', [probs.get(i, {}).get(f) for i in pool['image_id']], dtype=pl.Float64) for f in settings.names) if probs else pool
+    if probs:
+        column = lambda f: pl.Series(f'prob_{f}', [probs.get(i, {}).get(f) for i in pool['image_id']], dtype=pl.Float64)
+        pool = pool.with_columns(column(f) for f in settings.names)
     n, seed = n or settings.train.queue_size, settings.study.seed + number
     ids = list(next_batch(pool, n, settings, seed))
     share = settings.splits.valid / (1 - settings.splits.valid - settings.splits.hold_out)
@@ -59,14 +65,13 @@ def next_round(
     store.set_queue(name := f'round-{number:03}', ids)
     return name
 
-# %% ../nbs/2_label.ipynb #892e8a59
+# %% ../nbs/2_label.ipynb #6486ea45
 def pick_queue(
     store: LabelStore,
     manifest: pl.DataFrame,  # of the same cohort
     settings,  # `Settings`
     folder: Path,  # `outputs/<cohort>`, where the trained rounds are
     queue: str,  # as the parameter says
-    rater: str,
     n: int = 0,  # as the parameter says
 ) -> str:  # a queue's name
     "Finds or makes the queue that the parameters ask for. Raises `MammoError` if there is no such queue."
@@ -77,8 +82,7 @@ def pick_queue(
         store.queue(queue)
         return queue
     last = (_rounds(store) or [''])[-1]
-    open_ = last and (store.todo(last, rater) or not _trained(folder, last))
-    if queue == 'round' and open_: return last
+    if queue == 'round' and last and not _trained(store, folder, last): return last
     return next_round(store, manifest, settings, n) or last or 'train'
 
 # %% ../nbs/2_label.ipynb #a22fc862
@@ -92,14 +96,14 @@ def ask_oracle(
     oracle = Oracle(store, path, j.settings.demo.label_error, j.settings.study.seed)
     return sum(oracle.label(store.queue(q), queue=q) for q in dict.fromkeys((queue, 'valid', 'hold_out')))
 
-# %% ../nbs/2_label.ipynb #22273cb9
+# %% ../nbs/2_label.ipynb #ee09a381
 def label_table(
     store: LabelStore,
 ) -> pl.DataFrame:  # split, images, labelled, skipped, and a column per finding with the number of yes
     "How many images of each split are labelled, and how."
-    df = store.images().join(store.labels(), on='image_id', how='left').with_columns(pl.col('image_id').is_in(store.queue('skipped')).alias('skipped'))
-    df = df.group_by('split').agg(pl.len().alias('images'), pl.col('labeled_at').is_not_null().sum().alias('labelled'), pl.col('skipped').sum(),
-                                  *(pl.col(c).sum() for c in store.columns))
+    df = store.images().join(store.labels(), on='image_id', how='left').with_columns(skipped=pl.col('image_id').is_in(store.queue('skipped')))
+    df = df.group_by('split').agg(images=pl.len(), labelled=pl.col('labeled_at').is_not_null().sum(), skipped=pl.col('skipped').sum(),
+                                  **{c: pl.col(c).sum() for c in store.columns})
     order = pl.Enum(['train', 'valid', 'hold_out'])
     return df.sort(pl.col('split').cast(order, strict=False))
 
@@ -110,7 +114,8 @@ def labelled_sheet(
     per_class: int = 6,  # images shown of each class
 ):  # a figure
     "A row of images for each class, as labelled."
-    labels, shown = {i: {n: x for n, x in zip(store.names, v) if x is not None} for i, *v in store.labels().select('image_id', *store.columns).iter_rows()}, {}
+    rows, shown = store.labels().select('image_id', *store.columns).iter_rows(), {}
+    labels = {i: {n: x for n, x in zip(store.names, v) if x is not None} for i, *v in rows}
     for i in image_ids:
         if i in labels and len(x := shown.setdefault(label_text(labels[i]), [])) < per_class: x.append(i)
     view = dict(store.images().select('image_id', 'view').iter_rows())

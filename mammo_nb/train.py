@@ -5,18 +5,12 @@
 # %% auto #0
 __all__ = ['rounds_table', 'worst_errors', 'error_sheet', 'plot_training']
 
-# %% ../nbs/3_train.ipynb #0fd808a7
-from pathlib import Path
-
-import matplotlib.pyplot as plt
+# %% ../nbs/3_train.ipynb #485bdb92
 import numpy as np
 import polars as pl
 
-from .cohort.manifest import read_manifest
-from .cohort.thumbs import Thumbnails, contact_sheet
+from .cohort.thumbs import Sheet, Thumbnails, contact_sheet
 from .core.run import job, log_metrics
-from .core.settings import MammoError
-from .learn.bundle import Bundle
 from .learn.rounds import history, plot_confusion, plot_learning_curve, train_round
 from .metrics.scores import score_table
 
@@ -31,7 +25,7 @@ def rounds_table(
     return pl.DataFrame([dict(round=r['round'], labels=r['labels']['train'], valid=r['labels']['valid'], accuracy=val(r, 'accuracy'),
                               exact_match=val(r, 'exact_match'), steps=r['steps'], seconds=round(r['seconds']), model=r['id']) for r in rounds])
 
-# %% ../nbs/3_train.ipynb #00cf22d9
+# %% ../nbs/3_train.ipynb #86d83157
 def worst_errors(
     labelled: pl.DataFrame,  # a round's labelled.parquet: image_id, split, view, label and prob_ columns
     settings,  # the study
@@ -45,9 +39,10 @@ def worst_errors(
         y, p = pl.col(f.column), pl.col(f'prob_{f.name}')
         wrong = labelled.filter(pl.col('split').is_in(list(splits)) & y.is_not_nan() & ((y == 1) != (p >= t)))
         parts.append(wrong.select('image_id', 'split', 'view', finding=pl.lit(f.title), label=y.cast(pl.Int8), prob=p))
-    return pl.concat(parts).with_columns(off=(pl.col('label')-pl.col('prob')).abs()).sort('off', 'image_id', descending=[True, False]).drop('off').head(n)
+    off = (pl.col('label')-pl.col('prob')).abs()
+    return pl.concat(parts).with_columns(off=off).sort('off', 'image_id', descending=[True, False]).drop('off').head(n)
 
-# %% ../nbs/3_train.ipynb #9ca0e680
+# %% ../nbs/3_train.ipynb #55164a56
 def error_sheet(
     errors: pl.DataFrame,  # from `worst_errors`
     thumbs: Thumbnails,
@@ -60,7 +55,9 @@ def plot_training(
     info: dict,  # a round's bundle.json
 ):  # a figure
     "Loss per batch (and its running mean); the learning-rate test beside it, where it ran."
-    fig, axs = plt.subplots(1, 1+('lr_find' in info), figsize=(4.2*(1+('lr_find' in info)), 2.5), squeeze=False)
+    n = 1+('lr_find' in info)
+    fig = Sheet(figsize=(4.2*n, 2.5), layout='constrained')
+    axs = fig.subplots(1, n, squeeze=False)
     loss = np.array(info['losses'], float)
     k = max(1, len(loss)//20)
     axs[0, 0].plot(loss, lw=.5, alpha=.4)
@@ -70,5 +67,4 @@ def plot_training(
         axs[0, 1].semilogx(info['lr_find']['lr'], info['lr_find']['loss'])
         axs[0, 1].axvline(info['lr'], color='#c0392b', lw=1)
         axs[0, 1].set(xlabel='learning rate (line: used)', ylabel='loss')
-    fig.tight_layout()
     return fig

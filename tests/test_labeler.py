@@ -13,6 +13,7 @@ import polars as pl
 import pytest
 
 from labeler_page import ROOT, image_id, labeler_cell, make_cohort
+from mammo_nb.cohort.thumbs import Thumbnails
 from mammo_nb.core.settings import MammoError, load_settings
 from mammo_nb.labels.store import LabelStore
 from mammo_nb.labels.widget import Labeler, has_page
@@ -119,6 +120,11 @@ def test_detail_is_the_file_at_full_size(tmp_path):
     with pytest.raises(MammoError): label.detail.cut(image_id(2), 0, 0, 1, 1)
 
 
+def test_thumbnail_path_of_the_view_is_where_the_cache_keeps_it(cohort):
+    with LabelStore(cohort/'labels.sqlite', S) as s:
+        for i, path in s._all('SELECT id, thumbnail_path FROM labels'): assert cohort/path == Thumbnails(cohort/'thumbnails')._path(i) and (cohort/path).is_file()
+
+
 def test_where_a_page_is():
     assert not has_page({}) and has_page(dict(JPY_SESSION_NAME='a.ipynb')) and has_page(dict(SERVER_SOFTWARE='voila/0.5.8'))
     assert not has_page(dict(JPY_SESSION_NAME='a.ipynb', MAMMO_RUN_DIR='runs/1')) and not has_page(dict(JPY_SESSION_NAME='a.ipynb', MAMMO_STATIC='1'))
@@ -159,3 +165,41 @@ def test_viewers_without_widgets_get_the_sheet_beside_the_widget(cohort, monkeyp
     got = Labeler(cohort, S, 'anna')._repr_mimebundle_()
     assert {'application/vnd.jupyter.widget-view+json', 'image/png', 'text/plain'} <= set(got)
     assert not Path(os.getcwd(), 'x.ipynb').exists()
+
+
+# ---- which images a round asks about
+
+
+def made(folder, n):
+    "A model, as far as the labelling stage looks"
+    (folder/'rounds'/f'{n:03}').mkdir(parents=True)
+    (folder/'rounds'/f'{n:03}'/'bundle.json').write_text('{}')
+
+
+def test_rounds(tmp_path):
+    from mammo_nb.label import label_table, next_round, pick_queue
+    m = pl.DataFrame([dict(image_id=image_id(i), path=f'{i}.dcm', study_id=f's{i//4}', patient_id=f'p{i//4}', laterality='LR'[i % 2], frame=0, status='ok', view='L-CC',
+                           split='hold_out' if i < 40 else 'valid' if i < 80 else 'train') for i in range(200)])
+    split = dict(m.select('image_id', 'split').iter_rows())
+    with LabelStore(tmp_path/'labels.sqlite', S) as s:
+        s.sync_images(m)
+        pick = lambda q='round': pick_queue(s, m, S, tmp_path, q, 12)
+        assert pick() == pick() == 'round-001'              # run twice, or killed in between: the same questions
+        one = s.queue('round-001')
+        assert [split[i] for i in one].count('train') == 12 and [split[i] for i in one].count('valid') == 4 and 'hold_out' not in [split[i] for i in one]
+        s.label(one[0], 'skip', 'anna')
+        for i in one[1:]: s.label(i, ('mag',), 'anna', queue='round-001')
+        assert pick() == 'round-001'                        # labelled, but nothing learnt from it yet
+        made(tmp_path, 1), made(tmp_path, 2)                # trained, twice
+        unsure = [image_id(i) for i in range(150, 200)]
+        s.set_predictions(m.select('image_id', prob_biopsy=pl.when(pl.col('image_id').is_in(unsure)).then(.5).otherwise(.001), prob_mag=pl.lit(.001)))
+        assert pick() == pick() == 'round-002'              # one new round, however many models there are
+        two = [i for i in s.queue('round-002') if split[i] == 'train']
+        assert not set(two) & set(one) and sum(i in unsure for i in two) >= 10, 'asks about what the model is unsure of; skipped ones do not come straight back'
+        assert pick('next') == 'round-003' and pick('all') == 'all' and len(s.queue('all')) == 200 and pick('hold_out') == 'hold_out'
+        with pytest.raises(MammoError, match='no queue'): pick('nope')
+        for i in m.filter(split='train')['image_id']: s.label(i, (), 'anna')
+        for i in s.queue('valid'): s.label(i, (), 'anna')
+        assert next_round(s, m, S) == ''                    # nothing left to ask
+        t = label_table(s)
+        assert t['split'].to_list() == ['train', 'valid', 'hold_out'] and t['labelled'].to_list() == [120, 40, 0]

@@ -106,12 +106,13 @@ def store(cohort): return LabelStore(cohort/'labels.sqlite', load_settings(ROOT/
 def test_keys_are_ours_with_focus_and_jupyterlabs_without(lab):
     c = lab.cohort()
     p = lab.open('keys', labeler_cell(c), 'x = 1', '# two\ny = 2')
-    before, page = p.source(), p.page
+    before, page, full = p.source(), p.page, False
     for k in ['1', '2', '3', '4', 's', 'u', 'z', 'w', 'i', 'm', 'h', 'h', 'x', 'a', 'b', 'd', 'd', 'ArrowUp', 'ArrowDown', 'ArrowLeft', 'ArrowRight', 'f', 'f', 'z', 'Enter']:
         p.state('ready')
         page.keyboard.press(k)
+        if k == 'f': p.page.wait_for_function('(on) => !!document.fullscreenElement === on', arg=(full := not full))
     p.saved()
-    assert p.source() == before and len(same(p, c)) == 6
+    assert p.data('focus') == 'yes' and p.source() == before and len(same(p, c)) == 6
     assert page.evaluate('() => window.jupyterapp.shell.currentWidget.content.activeCellIndex') == 0
     page.evaluate('() => { window.jupyterapp.shell.currentWidget.content.widgets[1].model.sharedModel.setSource("x = 11"); }')
     p.root.focus()

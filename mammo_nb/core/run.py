@@ -163,10 +163,10 @@ def _run_dir(cohort_dir, stage):
         except OSError as e: raise disk_problem(e, d) from None
         return d
 
-# %% ../../nbs/core/02_run.ipynb #330fd6a2
+# %% ../../nbs/core/02_run.ipynb #4ea2b2fc
 def _quiet_kernel():
     "Extra kernel arguments: no chatter on the terminal"
-    return ['--IPKernelApp.log_level=40', '--HistoryManager.enabled=False']
+    return ['--IPKernelApp.log_level=50', '--HistoryManager.enabled=False']
 
 def _execute(stage, params, out, env, cwd):
     "papermill, with the three ways it can fail turned into two: a user's `MammoError`, or `StageFailed`"

@@ -23,7 +23,7 @@ class MammoError(Exception):
 class SettingsError(MammoError):
     "`settings.ini` is missing, has an unknown key, or a value that does not fit."
 
-# %% ../../nbs/core/00_settings.ipynb #5dcb4b30
+# %% ../../nbs/core/00_settings.ipynb #65ec13d3
 class _Section(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True)
 
@@ -58,7 +58,7 @@ class Train(_Section):
     pretrained: Literal['auto', 'yes', 'no'] = 'auto'
     shrink: int = Field(2, ge=0, le=16)
     epochs: int = Field(12, ge=1, le=1000)
-    min_steps: int = Field(240, ge=0, le=100_000)
+    min_steps: int = Field(200, ge=0, le=100_000)
     batch_size: int = Field(32, ge=2, le=4096)
     lr: float | Literal['auto'] = 'auto'
     queue_size: int = Field(60, ge=1)

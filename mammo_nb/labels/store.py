@@ -72,7 +72,7 @@ def _ddl():
                    f"BEGIN SELECT RAISE(ABORT, 'the label store is append-only'); END")
     for i, on in _indexes.items(): yield f'CREATE INDEX IF NOT EXISTS {i} ON {on}'
 
-# %% ../../nbs/labels/00_store.ipynb #ca7910cd
+# %% ../../nbs/labels/00_store.ipynb #e489847b
 _rank = """CASE e.source WHEN 'human' THEN 30 WHEN 'header' THEN 10 ELSE 20 END
     + CASE WHEN e.queue = 'disagreements' THEN 5 ELSE 0 END"""
 
@@ -96,8 +96,9 @@ def _views(settings):
             GROUP BY image_id, rank)""",
         resolved=f"""SELECT image_id, {has}, max(CASE WHEN {used} THEN time END) AS labeled_at, max(CASE WHEN {used} THEN rank END) AS rank,
             max({split}) AS disputed FROM votes GROUP BY image_id""",
-        labels=f"""SELECT i.image_id AS id, i.filename, i.study_id, i.image_id || '.png' AS thumbnail_path, i.frame_number, {cols}, r.labeled_at,
-            {', '.join(probs)}, p.time AS predicted_at FROM current_images i LEFT JOIN resolved r ON r.image_id = i.image_id
+        labels=f"""SELECT i.image_id AS id, i.filename, i.study_id,
+            'thumbnails/' || substr(i.image_id, 1, 2) || '/' || i.image_id || '.png' AS thumbnail_path,
+            i.frame_number, {cols}, r.labeled_at, {', '.join(probs)}, p.time AS predicted_at FROM current_images i LEFT JOIN resolved r ON r.image_id = i.image_id
             LEFT JOIN predictions p ON p.image_id = i.image_id
             AND p.version = (SELECT max(q.version) FROM predictions q WHERE q.image_id = i.image_id)""")
 
@@ -120,7 +121,7 @@ def _sentence(e, path):
     if 'disk i/o' in m: return f"The disk that holds {path} reports an error; check it, then open the store again."
     return f"{path}: the label store reports '{e}'; make sure that the file was written by this version of mammo_nb."
 
-# %% ../../nbs/labels/00_store.ipynb #879e24db
+# %% ../../nbs/labels/00_store.ipynb #6b89083e
 class LabelStore:
     "Labels of one cohort. Safe to use from several threads, processes, raters and browsers at once."
     def __init__(self,
@@ -131,7 +132,8 @@ class LabelStore:
         self.path, self.settings, self.names, self.columns = Path(path), settings, settings.names, settings.columns
         self.client, self._seq, self._lock, self._db = f'store-{uuid.uuid4().hex[:16]}', itertools.count(1), threading.RLock(), None
         if self.path.is_dir(): self.path = self.path/'labels.sqlite'
-        if not self.path.parent.is_dir(): raise StoreError(f"{self.path.parent}: no such folder; run the stage 1_preprocess for this cohort first.")
+        if not self.path.parent.is_dir():
+            raise StoreError(f"{self.path.parent}: no such folder; run the stage 1_preprocess for this cohort first.")
         with self._errors():
             self._db = sqlite3.connect(self.path, timeout=timeout, isolation_level=None, check_same_thread=False)
             self._open()
@@ -201,7 +203,7 @@ def _frame(self:LabelStore, sql, *args, **schema):
     "A query as a table; `schema` names the columns' types in order"
     return pl.DataFrame(self._all(sql, *args), schema=schema, orient='row')
 
-# %% ../../nbs/labels/00_store.ipynb #d89141ae
+# %% ../../nbs/labels/00_store.ipynb #afbcf0a4
 _image_columns = ('image_id', 'filename', 'study_id', 'patient_id', 'frame_number', 'view', 'split')
 
 def _image_rows(manifest):
@@ -212,7 +214,8 @@ def _image_rows(manifest):
     if 'status' in manifest.columns: manifest = manifest.filter(pl.col('status') == 'ok')
     other = [(pl.col(c) if c in manifest.columns else pl.lit(None, dtype=t)).cast(t).alias(c)
              for c, t in (('patient_id', pl.String), ('frame', pl.Int64), ('view', pl.String))]
-    return manifest.select(*need, *other).select('image_id', 'path', 'study_id', 'patient_id', pl.col('frame').fill_null(0), 'view', 'split').rows()
+    df = manifest.select(*need, *other).with_columns(pl.col('frame').fill_null(0))
+    return df.select('image_id', 'path', 'study_id', 'patient_id', 'frame', 'view', 'split').rows()
 
 @patch
 def sync_images(self:LabelStore,
@@ -239,7 +242,7 @@ def images(self:LabelStore) -> pl.DataFrame:  # image_id, filename, study_id, pa
     return self._frame(f"SELECT {', '.join(_image_columns)} FROM current_images ORDER BY version", image_id=S, filename=S, study_id=S,
                        patient_id=S, frame_number=pl.Int64, view=S, split=S)
 
-# %% ../../nbs/labels/00_store.ipynb #11ccae35
+# %% ../../nbs/labels/00_store.ipynb #5ddb65b3
 def now_utc() -> str:  # ISO 8601 with milliseconds, so that text order is time order
     "The time as events carry it."
     return datetime.now(timezone.utc).isoformat(timespec='milliseconds').replace('+00:00', 'Z')
@@ -261,7 +264,8 @@ def label_values(
     bad = [n for n in label if n not in names]
     if bad: raise EventError(f"'{bad[0]}' is no finding of this study; use {', '.join(names)}.")
     for n, v in label.items():
-        if not (v is None or (isinstance(v, int) and v in (0, 1))): raise EventError(f"The label for '{n}' must be 0, 1 or nothing, not {v!r}.")
+        if not (v is None or (isinstance(v, int) and v in (0, 1))):
+            raise EventError(f"The label for '{n}' must be 0, 1 or nothing, not {v!r}.")
     return {n: int(label[n]) for n in names if label.get(n) is not None}
 
 def label_text(
@@ -276,8 +280,9 @@ def marked(
     "A label as a key press would make it."
     return label if isinstance(label, str) else tuple(n for n, v in label.items() if v)
 
-# %% ../../nbs/labels/00_store.ipynb #976549a9
-_event_columns = ('client', 'seq', 'time', 'rater', 'image_id', 'label', 'milliseconds', 'source', 'queue', 'saw_model', 'undo_client', 'undo_seq')
+# %% ../../nbs/labels/00_store.ipynb #20d0b9a4
+_event_columns = ('client', 'seq', 'time', 'rater', 'image_id', 'label', 'milliseconds', 'source', 'queue', 'saw_model', 'undo_client',
+                  'undo_seq')
 
 @patch
 def _row(self:LabelStore, e):
@@ -294,7 +299,7 @@ def _row(self:LabelStore, e):
     return (e.client, e.seq, time, str(e.rater).strip(), e.image_id, label, None if e.milliseconds is None else int(e.milliseconds), e.source,
             e.queue, int(bool(e.saw_model)), *(e.undoes or (None, None)))
 
-# %% ../../nbs/labels/00_store.ipynb #fce44840
+# %% ../../nbs/labels/00_store.ipynb #1c9092ff
 @patch
 def add_many(self:LabelStore,
     events,  # `Event`s or dictionaries of the same fields
@@ -312,7 +317,8 @@ def _insert(self:LabelStore, db, row):
     if not new:
         known = db.execute(f'SELECT {cols} FROM events WHERE client = ? AND seq = ?', row[:2]).fetchone()
         if (*known[:2], *known[3:]) != (*row[:2], *row[3:]):
-            raise EventError(f"Event {row[1]} of {row[0]} was already used for something else; reload the page so that it gets a number of its own.")
+            raise EventError(f"Event {row[1]} of {row[0]} was already used for something else; "
+                             f"reload the page so that it gets a number of its own.")
     return new
 
 @patch
@@ -430,7 +436,7 @@ def snapshot_hash(self:LabelStore) -> str:  # 16 hex
     lines = [','.join(self.columns), *(','.join('' if v is None else str(v) for v in r) for r in rows)]
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
-# %% ../../nbs/labels/00_store.ipynb #c2c0175e
+# %% ../../nbs/labels/00_store.ipynb #9dbb4f35
 SPLITS = ('hold_out', 'valid', 'train')
 QUEUES = (*SPLITS, 'skipped', 'disagreements')
 
@@ -448,7 +454,8 @@ def set_queue(self:LabelStore,
     if not name or name in QUEUES: raise StoreError(f"A queue can't be named '{name}'; that name is made from the events, choose another.")
     split = dict(self._all('SELECT image_id, split FROM current_images'))
     bad = [i for i in ids if i not in split]
-    if bad: raise StoreError(f"Queue '{name}': image {bad[0]} is not in this cohort's store ({len(bad)} such); run the stage 1_preprocess first.")
+    if bad:
+        raise StoreError(f"Queue '{name}': image {bad[0]} is not in this cohort's store ({len(bad)} such); run the stage 1_preprocess first.")
     bad = [i for i in ids if split[i] == 'hold_out']
     if bad and name.startswith('round'):
         raise StoreError(f"Queue '{name}' may not contain hold-out images ({len(bad)}, the first is {bad[0]}); "
@@ -458,7 +465,7 @@ def set_queue(self:LabelStore,
         db.executemany('INSERT INTO queue_items VALUES (?, ?, ?)', [(v, p, i) for p, i in enumerate(ids)])
     return len(ids)
 
-# %% ../../nbs/labels/00_store.ipynb #2972d2ca
+# %% ../../nbs/labels/00_store.ipynb #683e7c3e
 @patch
 def queue(self:LabelStore,
     name: str,
@@ -476,6 +483,11 @@ def queue(self:LabelStore,
     v = self._one('SELECT max(version) FROM queues WHERE name = ?', name)[0]
     if v is None: raise StoreError(f"There is no queue '{name}'; there are {', '.join(self.queues())}.")
     return [i for i, in self._all('SELECT image_id FROM queue_items WHERE version = ? ORDER BY position', v)]
+
+@patch
+def queue_time(self:LabelStore, name: str) -> str | None:
+    "When a stored queue was set, UTC."
+    return self._one('SELECT max(time) FROM queues WHERE name = ?', name)[0]
 
 @patch
 def queues(self:LabelStore) -> list[str]:
@@ -508,7 +520,7 @@ def store_id(self:LabelStore) -> str:
     "A random name given at birth, so that a browser can tell two cohorts of the same name apart."
     return self._one("SELECT value FROM facts WHERE name = 'store_id'")[0]
 
-# %% ../../nbs/labels/00_store.ipynb #492d5117
+# %% ../../nbs/labels/00_store.ipynb #db3fc40b
 @patch
 def set_predictions(self:LabelStore,
     df: pl.DataFrame,  # image_id and a probability (0…1) per finding: prob_<name>, confidence_<name> or <name>
@@ -523,8 +535,8 @@ def set_predictions(self:LabelStore,
     known = {i for i, in self._all('SELECT image_id FROM current_images')}
     with self._write() as db:
         v = 1 + (db.execute('SELECT max(version) FROM predictions').fetchone()[0] or 0)
-        rows = [(v, i, model, now_utc(), json.dumps(dict(zip(self.names, map(float, p))))) for i, *p in df.select('image_id', *cols.values()).iter_rows()
-                if i in known and None not in p]
+        rows = [(v, i, model, now_utc(), json.dumps(dict(zip(self.names, map(float, p)))))
+                for i, *p in df.select('image_id', *cols.values()).iter_rows() if i in known and None not in p]
         db.executemany('INSERT OR IGNORE INTO predictions VALUES (?, ?, ?, ?, ?)', rows)
     return len(rows)
 
@@ -533,17 +545,18 @@ def predictions(self:LabelStore,
     image_ids=None,  # only of these
 ) -> dict:  # image_id -> {name: probability}
     "The newest prediction of each image that has one."
-    only = '' if image_ids is None else 'WHERE image_id IN (SELECT value FROM json_each(?))'
-    rows = self._all(f'SELECT image_id, probs, max(version) FROM predictions {only} GROUP BY image_id', *([] if image_ids is None else [json.dumps(list(image_ids))]))
+    only, args = ('', []) if image_ids is None else ('WHERE image_id IN (SELECT value FROM json_each(?))', [json.dumps(list(image_ids))])
+    rows = self._all(f'SELECT image_id, probs, max(version) FROM predictions {only} GROUP BY image_id', *args)
     return {i: json.loads(p) for i, p, _ in rows}
 
-# %% ../../nbs/labels/00_store.ipynb #620baa57
+# %% ../../nbs/labels/00_store.ipynb #cec1bebb
 def _kappa(t):
     "Cohen's kappa from counts [..., 4] of (no no, no yes, yes no, yes yes); NaN where both raters only ever said one thing"
     t = t / t.sum(-1, keepdims=True)
     a, b = t[..., 2] + t[..., 3], t[..., 1] + t[..., 3]
     chance = a*b + (1-a)*(1-b)
-    with np.errstate(invalid='ignore', divide='ignore'): return np.where(chance < 1 - 1e-12, (t[..., 0] + t[..., 3] - chance) / (1 - chance), np.nan)
+    with np.errstate(invalid='ignore', divide='ignore'):
+        return np.where(chance < 1 - 1e-12, (t[..., 0] + t[..., 3] - chance) / (1 - chance), np.nan)
 
 @patch
 def _opinions(self:LabelStore, finding):
@@ -609,7 +622,7 @@ def export_csv(self:LabelStore,
     write_text(path, df.write_csv())
     return len(df)
 
-# %% ../../nbs/labels/00_store.ipynb #6268617a
+# %% ../../nbs/labels/00_store.ipynb #095569a0
 @patch
 def import_csv(self:LabelStore,
     path: str | Path,  # with a header line: image_id (or filename), one or more has_… columns, perhaps rater, labeled_at, frame_number
@@ -624,8 +637,10 @@ def import_csv(self:LabelStore,
     rows = csv.DictReader(io.StringIO(text, newline=''), strict=True)
     try: head = rows.fieldnames or []
     except csv.Error as e: raise StoreError(f"{path} is no CSV ({e}); save it as comma-separated text in UTF-8.") from None
-    if not any(c in head for c in self.columns): raise StoreError(f"{path} has none of the columns {', '.join(self.columns)}; its first line must name them.")
-    if 'image_id' not in head and 'filename' not in head: raise StoreError(f"{path} has neither an image_id nor a filename column; its first line must name one.")
+    if not any(c in head for c in self.columns):
+        raise StoreError(f"{path} has none of the columns {', '.join(self.columns)}; its first line must name them.")
+    if 'image_id' not in head and 'filename' not in head:
+        raise StoreError(f"{path} has neither an image_id nor a filename column; its first line must name one.")
     images = self._all('SELECT image_id, filename, frame_number FROM current_images')
     known, by_name = {i for i, *_ in images}, {(f, n): i for i, f, n in images}
     client, events, bad, seen = f'csv-{hashlib.sha256(data).hexdigest()[:16]}', [], [], set()
@@ -671,7 +686,7 @@ def _csv_event(self:LabelStore, row, client, line, rater, known, by_name):
     if all(v is None for v in label.values()): raise ValueError('says nothing about any finding')
     return Event(client, line, row.get('rater') or rater, image, label, row.get('labeled_at', ''), source='import')
 
-# %% ../../nbs/labels/00_store.ipynb #8d6beec2
+# %% ../../nbs/labels/00_store.ipynb #e57aed38
 class Oracle:
     "Plays a rater from a table of truths."
     def __init__(self,
@@ -682,10 +697,12 @@ class Oracle:
     ):
         self.store, self.path, self.error_rate, self.seed = store, Path(truth_path), error_rate, seed
         if not 0 <= error_rate <= 1: raise StoreError(f"The oracle's error rate must lie between 0 and 1, not {error_rate}.")
-        if not self.path.is_file(): raise StoreError(f"{self.path}: no such file; the oracle needs a phantom cohort's truth.parquet, so name a human rater instead.")
+        if not self.path.is_file():
+            raise StoreError(f"{self.path}: no such file; the oracle knows made-up patients only, so name a human rater instead.")
         try: truth = pl.read_parquet(self.path, columns=['image_id', *store.columns])
         except (pl.exceptions.PolarsError, OSError) as e:
-            raise StoreError(f"{self.path} must be Parquet with the columns image_id, {', '.join(store.columns)} ({str(e).splitlines()[0]}).") from None
+            need = ', '.join(('image_id', *store.columns))
+            raise StoreError(f"{self.path} must be Parquet with the columns {need} ({str(e).splitlines()[0]}).") from None
         truth = truth.drop_nulls()
         self.truth = {i: tuple(map(int, v)) for i, *v in truth.iter_rows()}
 
@@ -707,4 +724,5 @@ class Oracle:
         said = {i for i, in self.store._all('SELECT image_id FROM events WHERE client = ?', f'oracle-{what}')}
         new = [i for i in dict.fromkeys(image_ids) if i in self.truth and i not in said]
         number = lambda i: int(hashlib.sha256(i.encode()).hexdigest()[:15], 16)
-        return sum(self.store.add_many(Event(f'oracle-{what}', number(i), rater, i, self.answer(i), source='oracle', queue=queue) for i in new))
+        events = (Event(f'oracle-{what}', number(i), rater, i, self.answer(i), source='oracle', queue=queue) for i in new)
+        return sum(self.store.add_many(events))

@@ -32,15 +32,15 @@ from ..dicom.display import display_lut, render
 from ..dicom.read import Source
 from .store import Event, EventError, LabelStore, StoreError, label_text, marked, now_utc
 
-# %% ../../nbs/labels/01_widget.ipynb #7c3b9393
+# %% ../../nbs/labels/01_widget.ipynb #bff4a742
 def has_page(
     env=os.environ,  # the kernel's environment
 ) -> bool:
     "Is there a browser at the other end? `MAMMO_STATIC=1` says no."
     if env.get('MAMMO_STATIC') or env.get('MAMMO_RUN_DIR'): return False
-    return bool(env.get('JPY_SESSION_NAME') or env.get('SERVER_SOFTWARE', '').startswith('voila') or env.get('VSCODE_PID') or env.get('COLAB_RELEASE_TAG'))
+    return env.get('SERVER_SOFTWARE', '').startswith('voila') or any(env.get(k) for k in ('JPY_SESSION_NAME', 'VSCODE_PID', 'COLAB_RELEASE_TAG'))
 
-# %% ../../nbs/labels/01_widget.ipynb #e5d188c4
+# %% ../../nbs/labels/01_widget.ipynb #6bf2749b
 _voi = ('WindowCenter', 'WindowWidth', 'VOILUTSequence', 'VOILUTFunction', 'FrameVOILUTSequence')
 
 def _without_window(ds):
@@ -60,7 +60,8 @@ def render_wide(
     fr = src.frame(frame)
     px = fr.pixels
     if fr.colour or fr.raw.dtype.itemsize > 2: return render(src, None, frame)
-    lut = display_lut(_without_window(fr.ds), frame, fr.raw.dtype.itemsize*8, fr.bits, fr.shift, (float(px.min()), float(max(px.max(), px.min() + 1))))
+    used = float(px.min()), float(max(px.max(), px.min() + 1))
+    lut = display_lut(_without_window(fr.ds), frame, fr.raw.dtype.itemsize*8, fr.bits, fr.shift, used)
     return np.take(lut, fr.raw)
 
 # %% ../../nbs/labels/01_widget.ipynb #dd564ceb
@@ -95,21 +96,23 @@ class Detail:
         png = cv2.imencode('.png', part, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
         return png, x0/W, y0/H, (x1-x0)/W, (y1-y0)/H
 
-# %% ../../nbs/labels/01_widget.ipynb #d38caff1
+# %% ../../nbs/labels/01_widget.ipynb #6259ff9b
 _static = files('mammo_nb.labels')/'static'
 OWN_KEYS = ('h', '?', 'f', 'z', 'w', 'i', 'm')
 
 def _key_map(settings):
     "Key -> action or list of findings; a key the labeler needs for itself is an error"
     for k in settings.keys:
-        if k in OWN_KEYS: raise MammoError(f"settings.ini: [keys] {k} is needed by the labeler itself ({', '.join(OWN_KEYS)}); choose another key.")
+        if k in OWN_KEYS:
+            raise MammoError(f"settings.ini: [keys] {k} is needed by the labeler itself ({', '.join(OWN_KEYS)}); choose another key.")
     return {k: a if isinstance(a, str) else list(a) for k, a in settings.keys.items()}
 
-# %% ../../nbs/labels/01_widget.ipynb #dfc6ca11
+# %% ../../nbs/labels/01_widget.ipynb #8ea2cf56
 class Labeler(anywidget.AnyWidget):
     "Shows a queue's images one by one and records what a rater presses."
     _esm, _css = Path(str(_static/'widget.js')), Path(str(_static/'widget.css'))
-    cohort, rater, queue, store_id = T.Unicode().tag(sync=True), T.Unicode().tag(sync=True), T.Unicode().tag(sync=True), T.Unicode().tag(sync=True)
+    cohort, rater = T.Unicode().tag(sync=True), T.Unicode().tag(sync=True)
+    queue, store_id = T.Unicode().tag(sync=True), T.Unicode().tag(sync=True)
     key_map, findings = T.Dict().tag(sync=True), T.List().tag(sync=True)
     ahead, behind = T.Int(6).tag(sync=True), T.Int(2).tag(sync=True)
     store = _worker = None  # until they are there
@@ -135,7 +138,13 @@ class Labeler(anywidget.AnyWidget):
         self.detail = Detail(self._path_of)
         self.on_msg(self._on_message)
 
-# %% ../../nbs/labels/01_widget.ipynb #3417d9b8
+    def close(self):
+        "Ends the widget; the store is closed."
+        if self._worker: self._worker.shutdown(wait=False, cancel_futures=True)
+        super().close()
+        if self.store: self.store.close()
+
+# %% ../../nbs/labels/01_widget.ipynb #ba406f99
 @patch
 def _know_images(self:Labeler):
     "Syncs the manifest where there is one, and remembers per image its view, study and size"
@@ -146,7 +155,7 @@ def _know_images(self:Labeler):
         self._size = {i: (r, c) for i, r, c in ok.select('image_id', 'rows', 'columns').iter_rows()}
     else: self._size = {}
     self._images, studies = {}, {}
-    for i, path, study, frame, view, split in self.store.images().select('image_id', 'filename', 'study_id', 'frame_number', 'view', 'split').iter_rows():
+    for i, path, study, _, frame, view, split in self.store.images().iter_rows():
         studies.setdefault(study, []).append(i)
         self._images[i] = (path, frame, view or '', split, study)
     self._place = {i: (k + 1, len(ids)) for ids in studies.values() for k, i in enumerate(ids)}
@@ -243,7 +252,7 @@ def queue_ids(self:Labeler,
         ids = sorted(ids, key=lambda i: first[self._images[i][4]])
     return ids
 
-# %% ../../nbs/labels/01_widget.ipynb #d57cf285
+# %% ../../nbs/labels/01_widget.ipynb #46c9ee23
 @patch
 def _queue_state(self:Labeler, queue):
     store, rater, ids = self.store, self.rater, self.queue_ids(queue)
@@ -256,8 +265,9 @@ def _queue_state(self:Labeler, queue):
     history = [(e.client, e.seq, e.image_id, marked(e.label)) for e in store.history(rater, queue, 2000)]
     last = store.history(rater, n=1)
     return dict(queue=queue, queues=self._menu(queue), ids=ids, views=[self._images[i][2] for i in ids],
-                studies=[(ordinal[self._images[i][4]], *self._place[i]) for i in ids], mine={i: said[i] for i in ids if i in said and i not in again},
-                history=history, outside=outside, blind=queue == 'hold_out', time=now_utc(), last=last[0].time if last else None, holder=store.lease(rater))
+                studies=[(ordinal[self._images[i][4]], *self._place[i]) for i in ids], history=history, outside=outside,
+                mine={i: said[i] for i in ids if i in said and i not in again}, blind=queue == 'hold_out', holder=store.lease(rater),
+                time=now_utc(), last=last[0].time if last else None)
 
 def kind(label) -> str:
     "The class a label counts towards: 'none', 'biopsy', 'biopsy+mag', 'skip'."
@@ -302,7 +312,7 @@ def _detail(self:Labeler, to, m):
             self._say(to, 'detail', error=str(e) if isinstance(e, MammoError) else f'the file could not be read ({type(e).__name__})', **same)
     self._worker.submit(work)
 
-# %% ../../nbs/labels/01_widget.ipynb #c0294f8f
+# %% ../../nbs/labels/01_widget.ipynb #23437fb2
 @patch
 def summary(self:Labeler) -> str:
     "One line: where this rater stands in this queue."
@@ -312,7 +322,8 @@ def summary(self:Labeler) -> str:
         if i in said: n[kind(said[i])] = n.get(kind(said[i]), 0) + 1
     done = sum(n.values())
     per = ', '.join(f'{k} {v}' for k, v in sorted(n.items()))
-    return f"{self.cohort} · rater {self.rater} · queue {self.queue}: {done} of {len(ids)} done{f' ({per})' if per else ''}, {len(ids) - done} to go"
+    per = f' ({per})' if per else ''
+    return f"{self.cohort} · rater {self.rater} · queue {self.queue}: {done} of {len(ids)} done{per}, {len(ids) - done} to go"
 
 @patch
 def sheet(self:Labeler,
@@ -339,7 +350,7 @@ def _repr_mimebundle_(self:Labeler, **kwargs):
         out = (data[0] if isinstance(data, tuple) else data or {}) | out
     return out
 
-# %% ../../nbs/labels/01_widget.ipynb #51fdb7cb
+# %% ../../nbs/labels/01_widget.ipynb #2993fde8
 class Agreement(NamedTuple):
     "How far the raters agree."
     kappa: pl.DataFrame  # per finding and pair of raters, with a 95 % interval
@@ -354,10 +365,3 @@ def agreement(self:Labeler) -> Agreement:
 def labels(self:Labeler) -> pl.DataFrame:
     "The cohort's resolved labels, as `LabelStore.labels`."
     return self.store.labels()
-
-@patch
-def close(self:Labeler):
-    "Ends the widget; the store is closed."
-    if self._worker: self._worker.shutdown(wait=False, cancel_futures=True)
-    super(Labeler, self).close()
-    if self.store: self.store.close()

@@ -6,7 +6,7 @@
 __all__ = ['BUNDLE_FORMAT', 'bundle_meta', 'load_weights_safely', 'sha256_file', 'Bundle', 'deployable', 'export_onnx',
            'agreement', 'export_int8', 'jsonable', 'export_bundle', 'write_bundle_json']
 
-# %% ../../nbs/learn/03_bundle.ipynb #da0df832
+# %% ../../nbs/learn/03_bundle.ipynb #30b37177
 import contextlib
 import hashlib
 import importlib.util
@@ -21,12 +21,13 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+from fastcore.basics import patch
 
 from .. import __version__
 from ..core.settings import MammoError
 from ..dicom.display import PREPROCESSING_VERSION
 
-# %% ../../nbs/learn/03_bundle.ipynb #cb92130c
+# %% ../../nbs/learn/03_bundle.ipynb #a9ed6493
 BUNDLE_FORMAT = 1
 _required = ('findings', 'columns', 'thresholds', 'head', 'size', 'mean', 'std', 'temperature', 'preprocessing_version')
 
@@ -44,7 +45,8 @@ def bundle_meta(
     thresholds = [f.threshold for f in settings.findings] if thresholds is None else list(thresholds)
     return dict(format=BUNDLE_FORMAT, cohort=cohort, round=int(round), findings=list(settings.names), columns=list(settings.columns),
                 titles=[f.title for f in settings.findings], thresholds=[float(t) for t in thresholds], head=settings.study.head,
-                size=settings.image.model_size, thumbnail_size=settings.image.thumbnail_size, mean=float(mean), std=float(std), temperature=float(temperature),
+                size=settings.image.model_size, thumbnail_size=settings.image.thumbnail_size,
+                mean=float(mean), std=float(std), temperature=float(temperature),
                 preprocessing_version=PREPROCESSING_VERSION, settings_hash=settings.hash, package_version=__version__,
                 created_utc=datetime.now(timezone.utc).isoformat(timespec='seconds'), **extra)
 
@@ -125,7 +127,7 @@ def _providers(provider):
     cuda = provider != 'cpu' and 'CUDAExecutionProvider' in have
     return (['CUDAExecutionProvider'] if cuda else []) + ['CPUExecutionProvider']
 
-# %% ../../nbs/learn/03_bundle.ipynb #2f9f04f3
+# %% ../../nbs/learn/03_bundle.ipynb #1161b494
 class Bundle:
     "A trained model ready to predict; made by `Bundle.load`."
     def __init__(self, session, meta, sha, path, precision):
@@ -133,65 +135,66 @@ class Bundle:
         self.names, self.columns, self.size = tuple(meta['findings']), tuple(meta['columns']), int(meta['size'])
         self.thresholds = np.asarray(meta['thresholds'], np.float32)
 
-    @classmethod
-    def load(
-        cls,
-        path: str | Path,  # a bundle folder or a single .onnx file
-        precision: str = 'fp32',  # 'fp32' or 'int8'; a single file says itself what it is
-        provider: str = 'auto',  # 'auto' (CUDA where onnxruntime offers it), 'cpu' or 'cuda'
-        threads: int = 0,  # threads inside one operator; 0: as many as cores, 1: for workers that share cores
-    ) -> 'Bundle':
-        "Opens a bundle. Raises `MammoError` for pickles, foreign or changed files and other preprocessing versions."
-        path = Path(path)
-        file = _model_file(path, precision)
-        data = file.read_bytes()
-        sha = hashlib.sha256(data).hexdigest()
-        cls._check_sums(file, sha)
-        try: model = onnx.load_model_from_string(data)
-        except Exception: raise MammoError(f"{file}: damaged, it is no ONNX file; train the round again.") from None
-        if _external(model): raise MammoError(f"{file}: refused, its weights lie in other files; export it as one file.")
-        meta = _decode_meta({p.key: p.value for p in model.metadata_props}, file)
-        del model
-        o = ort.SessionOptions()
-        o.intra_op_num_threads, o.log_severity_level = threads, 3
-        o.add_session_config_entry('session.intra_op.allow_spinning', '0')
-        try: session = ort.InferenceSession(data, o, providers=_providers(provider))
-        except MammoError: raise
-        except Exception: raise MammoError(f"{file}: onnxruntime cannot open it; train the round again.") from None
-        return cls(session, meta, sha, path, meta.get('precision', 'fp32'))
-
-    @staticmethod
-    def _check_sums(file, sha):
-        "the file must be the one its bundle.json lists"
-        js = file.parent/'bundle.json'
-        if not js.is_file(): return
-        try: want = json.loads(js.read_text()).get('files', {}).get(file.name)
-        except ValueError: raise MammoError(f"{js}: damaged, it is no JSON; train the round again.") from None
-        if want and want != sha: raise MammoError(f"{file}: changed since its bundle was made (checksum differs); train the round again.")
-
     @property
     def id(self):
         "`<cohort>-r<NNN>-<8 hex of model.onnx>`; the int8 twin has `-int8` behind it, because its numbers differ."
-        sha = self.meta.get('fp32_sha256', self.sha256)
-        return f"{self.meta.get('cohort', 'model')}-r{int(self.meta.get('round', 0)):03d}-{sha[:8]}{'-int8' if self.precision == 'int8' else ''}"
+        sha, twin = self.meta.get('fp32_sha256', self.sha256), '-int8' if self.precision == 'int8' else ''
+        return f"{self.meta.get('cohort', 'model')}-r{int(self.meta.get('round', 0)):03d}-{sha[:8]}{twin}"
 
     @property
     def provider(self): return self.session.get_providers()[0]
 
-    def predict(
-        self,
-        batch: np.ndarray,  # uint8 [N, size, size], from `dicom.display.model_input`
-        batch_size: int = 64,  # images per call of the session
-    ) -> np.ndarray:  # float32 [N, F], calibrated probabilities in findings order
-        "Probabilities of every finding. Raises `MammoError` for images of another type or size."
-        batch = np.asarray(batch)
-        if batch.ndim == 3: batch = batch[:, None]
-        if batch.dtype != np.uint8 or batch.shape[1:] != (1, self.size, self.size):
-            raise MammoError(f"{self.id} takes uint8 images [N, {self.size}, {self.size}], not {batch.dtype} {list(batch.shape)}; use model_input.")
-        parts = [self.session.run(['prob'], {'image': np.ascontiguousarray(batch[i:i+batch_size])})[0] for i in range(0, len(batch), batch_size)]
-        return np.concatenate(parts) if parts else np.zeros((0, len(self.names)), np.float32)
-
     def __repr__(self): return f"Bundle({self.id}, findings={self.names}, size={self.size}, {self.precision}, {self.provider})"
+
+# %% ../../nbs/learn/03_bundle.ipynb #0a72bf01
+def _check_sums(file, sha):
+    "the file must be the one its bundle.json lists"
+    js = file.parent/'bundle.json'
+    if not js.is_file(): return
+    try: want = json.loads(js.read_text()).get('files', {}).get(file.name)
+    except ValueError: raise MammoError(f"{js}: damaged, it is no JSON; train the round again.") from None
+    if want and want != sha: raise MammoError(f"{file}: changed since its bundle was made (checksum differs); train it again.")
+
+@patch(cls_method=True)
+def load(
+    cls:Bundle,
+    path: str | Path,  # a bundle folder or a single .onnx file
+    precision: str = 'fp32',  # 'fp32' or 'int8'; a single file says itself what it is
+    provider: str = 'auto',  # 'auto' (CUDA where onnxruntime offers it), 'cpu' or 'cuda'
+    threads: int = 0,  # threads inside one operator; 0: as many as cores, 1: for workers that share cores
+) -> Bundle:
+    "Opens a bundle. Raises `MammoError` for pickles, foreign or changed files and other preprocessing versions."
+    file = _model_file(Path(path), precision)
+    data = file.read_bytes()
+    sha = hashlib.sha256(data).hexdigest()
+    _check_sums(file, sha)
+    try: model = onnx.load_model_from_string(data)
+    except Exception: raise MammoError(f"{file}: damaged, it is no ONNX file; train the round again.") from None
+    if _external(model): raise MammoError(f"{file}: refused, its weights lie in other files; export it as one file.")
+    meta, providers = _decode_meta({p.key: p.value for p in model.metadata_props}, file), _providers(provider)
+    o = ort.SessionOptions()
+    o.intra_op_num_threads, o.log_severity_level = threads, 3
+    o.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    try: session = ort.InferenceSession(data, o, providers=providers)
+    except Exception: raise MammoError(f"{file}: onnxruntime cannot open it; train the round again.") from None
+    return cls(session, meta, sha, path, meta.get('precision', 'fp32'))
+
+# %% ../../nbs/learn/03_bundle.ipynb #bdf06f76
+@patch
+def predict(
+    self:Bundle,
+    batch: np.ndarray,  # uint8 [N, size, size], from `dicom.display.model_input`
+    batch_size: int = 64,  # images per call of the session
+) -> np.ndarray:  # float32 [N, F], calibrated probabilities in findings order
+    "Probabilities of every finding. Raises `MammoError` for images of another type or size."
+    batch = np.asarray(batch)
+    if batch.ndim == 3: batch = batch[:, None]
+    if batch.dtype != np.uint8 or batch.shape[1:] != (1, self.size, self.size):
+        raise MammoError(f"{self.id} takes uint8 images [N, {self.size}, {self.size}], not {batch.dtype} {list(batch.shape)}; "
+                         "use model_input.")
+    run = lambda x: self.session.run(['prob'], {'image': np.ascontiguousarray(x)})[0]
+    parts = [run(batch[i:i+batch_size]) for i in range(0, len(batch), batch_size)]
+    return np.concatenate(parts) if parts else np.zeros((0, len(self.names)), np.float32)
 
 # %% ../../nbs/learn/03_bundle.ipynb #88f5f452
 def deployable(

@@ -125,7 +125,7 @@ def _fit_weights(model, weights, name):
     if lack: raise MammoError(f"The weights do not fit {name} ({len(lack)} of {len(body)} tensors missing or of another shape).")
     model.load_state_dict(same, strict=False)
 
-# %% ../../nbs/learn/01_rounds.ipynb #16016c47
+# %% ../../nbs/learn/01_rounds.ipynb #22562480
 def _shape(body, n, size):
     "shape of the body's output, None where it fails"
     try:
@@ -143,7 +143,8 @@ def _body(name, n, size, weights):
         _channels(body, n)
         s = _shape(body, n, size)
         if s and (len(s) == 2 or len(s) == 4 and s[1] > s[2]): return body, s[1], len(s) == 4
-    raise MammoError(f"[train] arch = {name} does not take pictures of {size} pixels (model_size/shrink); change [image] model_size or [train] shrink.")
+    raise MammoError(f"[train] arch = {name} does not take pictures of {size} pixels (model_size/shrink); "
+                     "change [image] model_size or [train] shrink.")
 
 def make_model(
     name: str,  # a torchvision or timm name
@@ -209,7 +210,7 @@ def _download(url, dst, answer=4., total=300.):
         return True
     except Exception: return False
 
-# %% ../../nbs/learn/01_rounds.ipynb #c73a980c
+# %% ../../nbs/learn/01_rounds.ipynb #cebaa36d
 def find_weights(
     name: str,  # the network
     pretrained: str = 'auto',  # 'auto', 'yes' (scratch is an error) or 'no'
@@ -229,7 +230,7 @@ def find_weights(
             try: return load_weights_safely(cached), f'started from {cached.name}.'
             except MammoError as e: problems.append(str(e).replace(str(cached), cached.name).rstrip('.'))
     folder = os.environ.get('MAMMO_WEIGHTS')
-    where = 'MAMMO_WEIGHTS is not set' if not folder else 'MAMMO_WEIGHTS holds none' if Path(folder).is_dir() else 'MAMMO_WEIGHTS names no folder'
+    where = f"MAMMO_WEIGHTS {'is not set' if not folder else 'holds none' if Path(folder).is_dir() else 'names no folder'}"
     why = f"No ImageNet weights for {name} ({'; '.join(problems+[where])}, and none could be downloaded)"
     if pretrained == 'yes': raise MammoError(f"{why}; put {online[1] if online else name+'.safetensors'} there, or set [train] pretrained = auto.")
     return None, f'{why}: training starts from scratch.'
@@ -378,7 +379,7 @@ def temperature_of(
         return F.binary_cross_entropy(p[known].clamp(1e-7, 1-1e-7), yt[known]).item()
     return float(math.exp(minimize_scalar(nll, bounds=(math.log(.25), math.log(8)), method='bounded').x))
 
-# %% ../../nbs/learn/01_rounds.ipynb #d6f9b15f
+# %% ../../nbs/learn/01_rounds.ipynb #f430ab0f
 def history(
     cohort_dir: str | Path,  # outputs/<cohort>
 ) -> list[dict]:  # the `bundle.json` of every round, oldest first
@@ -407,7 +408,8 @@ def plot_learning_curve(
         line(lambda s: s['accuracy'], 'all findings', lw=2, color='k')
         for n, title in zip(have[-1]['findings'], have[-1]['titles']): line(lambda s: s['findings'][n]['accuracy'], title, lw=1, alpha=.7)
         ax.legend(fontsize=8, loc='lower right')
-    ax.set(xlabel='labelled training images', ylabel=f'hold-out accuracy ({level}s)', ylim=(min([.5, *[r['scores'][level]['accuracy']['low']-.05 for r in have]]), 1.01))
+    low = min([.5, *[r['scores'][level]['accuracy']['low']-.05 for r in have]])
+    ax.set(xlabel='labelled training images', ylabel=f'hold-out accuracy ({level}s)', ylim=(low, 1.01))
     ax.grid(alpha=.3)
     return fig
 
@@ -427,35 +429,50 @@ def plot_confusion(
         ax.set_title(t, fontsize=9)
     return fig
 
-# %% ../../nbs/learn/01_rounds.ipynb #d2d41445
+# %% ../../nbs/learn/01_rounds.ipynb #7e03f0d9
+def _val(s): return 'unknown' if not s or s['value'] is None else f"{s['value']:.3f} ({s['low']:.3f} to {s['high']:.3f})"
+
+def _card_results(info):
+    "the lines on the hold-out"
+    img = (info.get('scores') or {}).get('image')
+    if not img: return ['No hold-out image is labelled; nothing is known about its accuracy.', '']
+    rows = [f"| {t} | {s['n']} | {s['positives']} | {_val(s['sensitivity'])} | {_val(s['specificity'])} | {_val(s['roc_auc'])} | {th:.2f} |"
+            for t, s, th in zip(info['titles'], img['findings'].values(), info['thresholds'])]
+    return [f"Per image, 95 % intervals by patient bootstrap. Accuracy over all findings {_val(img['accuracy'])}, "
+            f"exact match {_val(img['exact_match'])}.", '',
+            '| finding | images | positives | sensitivity | specificity | ROC-AUC | threshold |', '| --- | --- | --- | --- | --- | --- | --- |', *rows, '']
+
+def _card_technical(info):
+    a = info['agreement']
+    yield (f"Preprocessing version {info['preprocessing_version']}, temperature {info['temperature']:.2f}, head {info['head']}. "
+           f"ONNX against torch: largest difference {a['fp32']['max_dp']:.1e}.")
+    if 'int8' in a: yield f"int8 against fp32: mean difference {a['int8']['mean_dp']:.4f}, {100*a['int8']['flipped']:.1f} % of answers differ."
+
+# %% ../../nbs/learn/01_rounds.ipynb #0cd39db1
 def model_card(
     info: dict,  # what goes into `bundle.json`
 ) -> str:  # Markdown
     "A short model card: what it is for, what it was made from, how well it does."
-    val = lambda s: 'unknown' if not s or s['value'] is None else f"{s['value']:.3f} ({s['low']:.3f} to {s['high']:.3f})"
-    img = (info.get('scores') or {}).get('image')
-    rows = [f"| {t} | {s['n']} | {s['positives']} | {val(s['sensitivity'])} | {val(s['specificity'])} | {val(s['roc_auc'])} | {th:.2f} |"
-            for t, s, th in zip(info['titles'], img['findings'].values(), info['thresholds'])] if img else []
-    n = info['labels']
+    n, start = info['labels'], 'trained from scratch.' if info['scratch'] else info['weights']
     return '\n'.join([
-        f"# {info['id']}", '', f"Flags mammograms with: {', '.join(info['titles'])}. For sorting archives in research; not a medical device, and no help in a diagnosis.", '',
-        '## Made from', '', f"Cohort {info['cohort']}, round {info['round']}, {n['train']} training, {n['valid']} validation and {n['hold_out']} hold-out labels "
-        f"(label snapshot {info['label_snapshot']}), split by patient. Network {info['arch']} at {info['size']} pixels, {'trained from scratch.' if info['scratch'] else info['weights']}", '',
-        '## Hold-out results', '', f"Per image, 95 % intervals by patient bootstrap. Accuracy over all findings {val(img['accuracy'])}, exact match {val(img['exact_match'])}." if img else
-        'No hold-out image is labelled; nothing is known about its accuracy.', '',
-        *(['| finding | images | positives | sensitivity | specificity | ROC-AUC | threshold |', '| --- | --- | --- | --- | --- | --- | --- |', *rows, ''] if rows else []),
-        '## Technical', '', f"Preprocessing version {info['preprocessing_version']}, temperature {info['temperature']:.2f}, head {info['head']}. ONNX against torch: largest difference "
-        f"{info['agreement']['fp32']['max_dp']:.1e}" + (f"; int8 against fp32: mean {info['agreement']['int8']['mean_dp']:.4f}, {100*info['agreement']['int8']['flipped']:.1f} % of answers differ." if 'int8' in info['agreement'] else '.'), ''])
+        f"# {info['id']}", '', f"Flags mammograms with: {', '.join(info['titles'])}. For sorting archives in research; "
+        'not a medical device, and no help in a diagnosis.', '',
+        '## Made from', '', f"Cohort {info['cohort']}, round {info['round']}: {n['train']} training, {n['valid']} validation and {n['hold_out']} hold-out "
+        f"labels (label snapshot {info['label_snapshot']}), split by patient. Network {info['arch']} at {info['size']} pixels, {start}", '',
+        '## Hold-out results', '', *_card_results(info), '## Technical', '', *_card_technical(info), ''])
 
-# %% ../../nbs/learn/01_rounds.ipynb #5f3c40c4
+# %% ../../nbs/learn/01_rounds.ipynb #e0787f9e
 MEAN, STD = 0., .25
 IMAGENET = (.449, .226)
+
+def _no_labels(cohort): return f"Cohort {cohort} has no labels; run 2_label first (mammo run label -p cohort={cohort})."
 
 def _check_labels(frame, settings, cohort_dir):
     "one sentence where there is nothing to learn from"
     here, tr = Path(cohort_dir).name, frame.filter(pl.col('split') == 'train')
-    if not frame.height: raise MammoError(f"Cohort {here} has no labels; run 2_label first (mammo run label -p cohort={here}).")
-    if tr.height < 4: raise MammoError(f"Cohort {here} has {tr.height} labelled training images; label more in 2_label first, a round needs at least 4.")
+    if not frame.height: raise MammoError(_no_labels(here))
+    if tr.height < 4:
+        raise MammoError(f"Cohort {here} has {tr.height} labelled training images, a round needs at least 4; label more in 2_label first.")
     one = [f.title for f in settings.findings if tr[f.column].drop_nans().n_unique() < 2]
     if len(one) == len(settings.findings):
         raise MammoError(f"Cohort {here}: all training labels say the same about {' and '.join(one)}; label more in 2_label first.")
@@ -489,7 +506,7 @@ def _train(frame, thumbs, settings, epochs, seed):
     facts = fit(learn, settings, n_epochs(settings, len(dls.train), epochs), weights is not None)
     return learn.model.cpu().eval(), mean, std, facts | dict(weights=note, scratch=weights is None)
 
-# %% ../../nbs/learn/01_rounds.ipynb #9024d8b7
+# %% ../../nbs/learn/01_rounds.ipynb #a08a3865
 def train_round(
     cohort_dir: str | Path,  # outputs/<cohort>
     settings,  # the study
@@ -504,7 +521,7 @@ def train_round(
     Raises `MammoError` without a cohort or labels, for unknown networks and full disks."""
     d, seed, began = Path(cohort_dir), settings.study.seed if seed is None else seed, time.monotonic()
     manifest = read_manifest(d)
-    if not (d/'labels.sqlite').exists(): raise MammoError(f"Cohort {d.name} has no labels; run 2_label first (mammo run label -p cohort={d.name}).")
+    if not (d/'labels.sqlite').exists(): raise MammoError(_no_labels(d.name))
     with LabelStore(d/'labels.sqlite', settings) as store:
         frame, snapshot, skipped = labelled_frame(manifest, store.labels(), settings), store.snapshot_hash(), store.queue('skipped')
     warn, thumbs = _check_labels(frame, settings, d), Thumbnails(d/'thumbnails')
@@ -518,37 +535,47 @@ def train_round(
     dst = d/'rounds'/f'{number:03d}'
     for w in warn: tell(w)
     with atomic_path(dst, folder=True) as tmp:
-        bundle = _write(tmp, d, number, model, mean, std, frame, pool, thumbs, settings, facts | dict(label_snapshot=snapshot, seed=seed), int8, warn, began)
+        facts |= dict(label_snapshot=snapshot, seed=seed)
+        bundle = _write(tmp, d, number, model, mean, std, frame, pool, thumbs, settings, facts, int8, warn, began)
     with LabelStore(d/'labels.sqlite', settings) as store:
         store.set_predictions(pl.read_parquet(dst/'pool.parquet').select('image_id', *[f'prob_{n}' for n in settings.names]), bundle)
     return dst
 
-# %% ../../nbs/learn/01_rounds.ipynb #39ebf306
+# %% ../../nbs/learn/01_rounds.ipynb #61bd7064
+def _calibrated(model, valid, thumbs, settings, mean, std):
+    "the temperature from the validation rows"
+    if not valid.height: return 1.
+    z = logits_of(model, input_batch(thumbs, valid['image_id'].to_list(), settings.image.model_size), mean, std)
+    return temperature_of(z, valid.select(settings.columns).to_numpy(), settings.study.head)
+
+def _counts(frame, settings):
+    "labels per split, and the positives among them"
+    parts = {k: frame.filter(pl.col('split') == k) for k in ('train', 'valid', 'hold_out')}
+    pos = {k: {f.name: int(p[f.column].fill_nan(0).sum()) for f in settings.findings} for k, p in parts.items()}
+    return {k: p.height for k, p in parts.items()} | dict(positives=pos)
+
+_pool_columns = ('image_id', 'study_id', 'patient_id', 'laterality', 'view', 'split', 'status', 'skipped')
+
+# %% ../../nbs/learn/01_rounds.ipynb #dae51bd1
 def _write(tmp, cohort_dir, number, model, mean, std, frame, pool, thumbs, settings, facts, int8, warn, began):
     "everything of a round into the folder `tmp`; gives the bundle's id"
-    s, cols, names = settings, list(settings.columns), settings.names
-    part = lambda k: frame.filter(pl.col('split') == k)
-    size = s.image.model_size
-    temp = 1.
-    if (v := part('valid')).height:
-        temp = temperature_of(logits_of(model, input_batch(thumbs, v['image_id'].to_list(), size), mean, std), v.select(cols).to_numpy(), s.study.head)
-    meta = bundle_meta(s, cohort_dir.name, number, temperature=temp, mean=mean, std=std, label_snapshot=facts['label_snapshot'], arch=s.train.arch,
-                       shrink=s.train.shrink, seed=facts['seed'])
-    sample = frame.filter(pl.col('split') != 'hold_out')['image_id'].to_list()
-    sample = [sample[i] for i in np.random.default_rng(facts['seed']).permutation(len(sample))[:64]]
-    agree = export_bundle(model, tmp, meta, input_batch(thumbs, sample, size), int8)
+    s, names, seen = settings, settings.names, frame.filter(pl.col('split') != 'hold_out')
+    temp = _calibrated(model, seen.filter(pl.col('split') == 'valid'), thumbs, s, mean, std)
+    meta = bundle_meta(s, cohort_dir.name, number, temperature=temp, mean=mean, std=std, label_snapshot=facts['label_snapshot'],
+                       arch=s.train.arch, shrink=s.train.shrink, seed=facts['seed'])
+    order = np.random.default_rng(facts['seed']).permutation(seen.height)[:64]
+    sample = input_batch(thumbs, [seen['image_id'][int(i)] for i in order], s.image.model_size)
+    agree = export_bundle(model, tmp, meta, sample, int8)
     bundle = Bundle.load(tmp, provider='cpu')
-    seen = _probs(bundle, thumbs, frame, names)
-    pool = _probs(bundle, thumbs, pool, names)
-    write_parquet(seen, tmp/'labelled.parquet', s, bundle=bundle.id)
-    write_parquet(pool.select([c for c in ('image_id', 'study_id', 'patient_id', 'laterality', 'view', 'split', 'status', 'skipped') if c in pool.columns]
-                              + [f'prob_{n}' for n in names]), tmp/'pool.parquet', s, bundle=bundle.id)
-    held = seen.filter(pl.col('split') == 'hold_out')
-    scores = score_report(held, names, cols, meta['thresholds'], seed=s.study.seed) if held.height else None
-    if scores is None: warn.append('No hold-out image is labelled, so nothing is known about the accuracy; label the queue hold_out.')
-    count = {k: part(k).height for k in ('train', 'valid', 'hold_out')}
-    count['positives'] = {k: {n: int(part(k)[c].fill_nan(0).sum()) for n, c in zip(names, cols)} for k in ('train', 'valid', 'hold_out')}
-    info = meta | dict(id=bundle.id, labels=count, pool=pool.height, scores=scores, agreement=agree, warnings=warn, **{k: v for k, v in facts.items() if k not in meta})
+    labelled, pool = _probs(bundle, thumbs, frame, names), _probs(bundle, thumbs, pool, names)
+    write_parquet(labelled, tmp/'labelled.parquet', s, bundle=bundle.id)
+    keep = [c for c in _pool_columns if c in pool.columns] + [f'prob_{n}' for n in names]
+    write_parquet(pool.select(keep), tmp/'pool.parquet', s, bundle=bundle.id)
+    held = labelled.filter(pl.col('split') == 'hold_out')
+    scores = score_report(held, names, s.columns, meta['thresholds'], seed=s.study.seed) if held.height else None
+    if not scores: warn.append('No hold-out image is labelled, so nothing is known about the accuracy; label the queue hold_out.')
+    info = meta | dict(id=bundle.id, labels=_counts(frame, s), pool=pool.height, scores=scores, agreement=agree, warnings=warn)
+    info |= {k: v for k, v in facts.items() if k not in meta}
     _figures(tmp, cohort_dir, info)
     (tmp/'MODEL_CARD.md').write_text(model_card(info), encoding='utf-8')
     write_bundle_json(tmp, info | dict(seconds=round(time.monotonic()-began, 1)))

@@ -175,7 +175,7 @@ def _patients_of(c):
         return dict(sensitivity=k(1), specificity=k(0), balanced_accuracy=min(k(0), k(1)), roc_auc=min(k(0), k(1)))
     return fn
 
-# %% ../../nbs/metrics/00_scores.ipynb #efa8e766
+# %% ../../nbs/metrics/00_scores.ipynb #77781a13
 def score_report(
     df: pl.DataFrame,  # image rows: study_id, patient_id, label columns, prob_<name> columns
     names,  # the findings' short names
@@ -197,7 +197,8 @@ def score_report(
             dd = d.with_columns(col)
             ci = bootstrap_ci(lambda e, w: weighted_scores(e[c], e[f'prob_{name}'], t, w), dd, n=n, seed=seed, patients=_patients_of(c))
             b = binary_scores(dd[c], dd[f'prob_{name}'], t)
-            rep['findings'][name] = {k: tri(v) for k, v in ci.items()} | {k: b[k] for k in ('n', 'positives', 'tn', 'fp', 'fn', 'tp')} | dict(threshold=float(t))
+            counts = {k: b[k] for k in ('n', 'positives', 'tn', 'fp', 'fn', 'tp')}
+            rep['findings'][name] = {k: tri(v) for k, v in ci.items()} | counts | dict(threshold=float(t))
         out[level] = rep
     return out
 

@@ -244,15 +244,16 @@ class Labeler {
     try { Promise.resolve(this.model.send({ ...m, client: this.client }, {}, [])).catch(lost); } catch { lost(); }
   }
   hello(queue, take) {
-    Object.assign(this, { greeting: { queue, take }, greeted: now() });
-    this.sent = now();
+    if (!this.greeting) { this.owed = now(); this.tries = 0; }
+    this.greeting = { queue, take };
+    this.greeted = this.sent = now();
     this.send({ do: "hello", queue, take, events: this.outbox.events });
   }
   open(queue) { this.hello(queue, false); }
   ping() { this.pinged = now(); this.send({ do: "ping" }); }
   tick() {
     const t = now();
-    if (this.greeting && t - this.greeted > RESEND) this.hello(this.greeting.queue, this.greeting.take);
+    if (this.greeting && t - this.greeted > RESEND * 2 ** Math.min(this.tries, 3)) { this.tries++; this.hello(this.greeting.queue, this.greeting.take); }
     else if (this.outbox.size && t - this.sent > RESEND) this.flush();
     else if (!document.hidden && t - this.pinged > 10000) this.ping();
     if (this.ids.length && !this.done) this.refill();
@@ -357,6 +358,7 @@ class Labeler {
     const one = e.key.length === 1, inside = e.target !== this.root;
     if (one) e.stopPropagation();
     if (inside && (e.target.closest("select") || ((e.key === " " || e.key === "Enter") && e.target.closest("button")))) return;
+    if (e.key === "Enter" && !e.shiftKey) { e.stopPropagation(); e.preventDefault(); return; }  // would put the cursor into a cell
     if (e.key === "Escape") {
       if (!this.help.hidden || this.zoom) { e.stopPropagation(); e.preventDefault(); this.help.hidden ? this.setZoom(null) : this.run("help"); }
       return;
@@ -449,7 +451,7 @@ class Labeler {
   }
   status() {
     const d = this.root.dataset, n = this.outbox.size, t = now();
-    const silent = (this.greeting && t - this.greeted > PATIENCE / 2 ? Infinity : 0) || (n && this.sent && t - Math.max(this.heard || 0, this.oldest()) > PATIENCE);
+    const silent = (this.greeting && t - this.owed > PATIENCE) || (n && t - Math.max(this.heard || 0, this.oldest()) > PATIENCE);
     const x = this.ring.get(this.id);
     d.unsaved = n;
     d.queue = this.queue || "";
