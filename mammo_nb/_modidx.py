@@ -140,6 +140,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mammo_nb.cohort.thumbs._make': ('cohort/thumbs.html#_make', 'mammo_nb/cohort/thumbs.py'),
                                         'mammo_nb.cohort.thumbs._prepare': ('cohort/thumbs.html#_prepare', 'mammo_nb/cohort/thumbs.py'),
                                         'mammo_nb.cohort.thumbs._sheet': ('cohort/thumbs.html#_sheet', 'mammo_nb/cohort/thumbs.py'),
+                                        'mammo_nb.cohort.thumbs._short': ('cohort/thumbs.html#_short', 'mammo_nb/cohort/thumbs.py'),
                                         'mammo_nb.cohort.thumbs._shrunk': ('cohort/thumbs.html#_shrunk', 'mammo_nb/cohort/thumbs.py'),
                                         'mammo_nb.cohort.thumbs._tasks': ('cohort/thumbs.html#_tasks', 'mammo_nb/cohort/thumbs.py'),
                                         'mammo_nb.cohort.thumbs.contact_sheet': ( 'cohort/thumbs.html#contact_sheet',

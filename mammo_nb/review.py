@@ -58,13 +58,13 @@ def pictures(
         except MammoError: out.append(None)
     return out
 
-# %% ../nbs/5_review.ipynb #ab1d2ac9
+# %% ../nbs/5_review.ipynb #23349726
 def class_of(
     row: dict,  # label columns by name: 1, 0 or missing
     findings,  # the study's findings
-) -> str:  # e.g. 'Biopsy tool + Magnification view'
-    "An image's label as a person would say it."
-    return ' + '.join(f.title for f in findings if row[f.column] == 1) or 'neither'
+) -> str:  # e.g. 'biopsy + mag'
+    "An image's label in short names."
+    return ' + '.join(f.name for f in findings if row[f.column] == 1) or 'neither'
 
 def _caption(row, names): return ' '.join(f'{n} {row[f"prob_{n}"]:.2f}' for n in names)
 

@@ -189,7 +189,7 @@ def make_thumbnails(
         if failed and failed[-1][2] == 'disk': raise MammoError(failed[-1][1])
     return pl.DataFrame(sorted(failed), schema=_FAILED, orient='row')
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #f53c8a7a
+# %% ../../nbs/cohort/03_thumbs.ipynb #8fbd9b39
 @functools.cache
 def _sheet():
     "The figure's class; matplotlib is imported on first use, because workers import this module and never draw"
@@ -207,6 +207,8 @@ def Sheet(**kwargs):
     "A matplotlib `Figure` (same arguments) that shows itself in any notebook, whatever backend is set."
     return _sheet()(**kwargs)
 
+def _short(line, most=25): return line if len(line) <= most else line[:most - 1] + '…'  # a long caption would squeeze the pictures
+
 def contact_sheet(
     images,  # uint8 arrays `[H, W]`, or `(Thumbnails, image_ids)`
     captions=(),  # text under each
@@ -223,7 +225,7 @@ def contact_sheet(
     for ax in axes: ax.set_axis_off()
     for ax, img, text in zip(axes, images, [*captions, *[''] * len(images)]):
         if img is not None: ax.imshow(_shrunk(img, edge), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
-        ax.text(.5, -.03, text, transform=ax.transAxes, ha='center', va='top', color='0.85', fontsize=7)
+        ax.text(.5, -.03, '\n'.join(map(_short, text.split('\n'))), transform=ax.transAxes, ha='center', va='top', color='0.85', fontsize=7)
     if title: fig.suptitle(title, color='0.95', fontsize=10)
     return fig
 

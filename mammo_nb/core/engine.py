@@ -6,7 +6,7 @@
 __all__ = ['SCHEMA_VERSION', 'disk_problem', 'atomic_path', 'write_text', 'write_json', 'utc_now', 'write_parquet', 'read_meta',
            'Progress', 'n_workers', 'engine', 'plain_reason', 'map_files']
 
-# %% ../../nbs/core/01_engine.ipynb #1e470e79
+# %% ../../nbs/core/01_engine.ipynb #2c4b5b75
 import errno
 import faulthandler
 import functools
@@ -18,7 +18,7 @@ import shutil
 import time
 import uuid
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -43,7 +43,7 @@ def disk_problem(
     no = e.errno or (errno.ENOSPC if 'No space left' in str(e) else 0)
     return MammoError(f"Cannot write {path}: {_disk.get(no, e.strerror or type(e).__name__)}.")
 
-# %% ../../nbs/core/01_engine.ipynb #98503801
+# %% ../../nbs/core/01_engine.ipynb #6e32f09f
 def _fsync_dir(folder):
     "Makes a rename durable (a no-op where folders cannot be opened)"
     try: fd = os.open(folder, os.O_RDONLY)
@@ -71,7 +71,8 @@ def atomic_path(
     except OSError as e: raise disk_problem(e, dst) from None
     finally:
         if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
-        else: tmp.unlink(missing_ok=True)
+        else:
+            with suppress(OSError): tmp.unlink(missing_ok=True)
 
 # %% ../../nbs/core/01_engine.ipynb #b508b03e
 def write_text(

@@ -6,13 +6,12 @@
 __all__ = ['app', 'console', 'Job', 'cohort_name', 'job', 'log_metrics', 'Stage', 'notebooks_dir', 'stages', 'check_parameters',
            'Run', 'StageFailed', 'run_stage', 'write_report', 'checkup', 'main']
 
-# %% ../../nbs/core/02_run.ipynb #73664a12
+# %% ../../nbs/core/02_run.ipynb #8c78ff54
 import ast
 import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -316,7 +315,7 @@ def _value(v):
     if isinstance(v, float): return f'{v:.4g}'
     return json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else str(v)
 
-# %% ../../nbs/core/02_run.ipynb #2c2a50d4
+# %% ../../nbs/core/02_run.ipynb #cb6a4087
 @app.command('run')
 def _cmd_run(
     stage: str = typer.Argument(help='A stage, see mammo stages.'),
@@ -344,7 +343,8 @@ def _cmd_label(
     "Serve the labeler in a browser, on this machine only, for raters without notebooks."
     j = job(cohort)
     if not j.folder.exists(): raise MammoError(f"No cohort '{cohort}' under {j.folder.parent}; run mammo run preprocess -p cohort={cohort} -p dicom_dir=FOLDER first.")
-    raise typer.Exit(subprocess.call([sys.executable, '-m', 'mammo_nb.labels.serve', cohort, '--rater', rater, '--port', str(port)]))
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, '-m', 'mammo_nb.labels.serve', cohort, '--rater', rater, '--port', str(port)])
 
 # %% ../../nbs/core/02_run.ipynb #52f57e31
 def checkup() -> list[tuple[str, str, bool]]:  # (what, finding, fine)
