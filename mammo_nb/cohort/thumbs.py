@@ -189,7 +189,7 @@ def make_thumbnails(
         if failed and failed[-1][2] == 'disk': raise MammoError(failed[-1][1])
     return pl.DataFrame(sorted(failed), schema=_FAILED, orient='row')
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #8fbd9b39
+# %% ../../nbs/cohort/03_thumbs.ipynb #aa9837ab
 @functools.cache
 def _sheet():
     "The figure's class; matplotlib is imported on first use, because workers import this module and never draw"
@@ -207,6 +207,7 @@ def Sheet(**kwargs):
     "A matplotlib `Figure` (same arguments) that shows itself in any notebook, whatever backend is set."
     return _sheet()(**kwargs)
 
+# %% ../../nbs/cohort/03_thumbs.ipynb #bee8df22
 def _short(line, most=25): return line if len(line) <= most else line[:most - 1] + '…'  # a long caption would squeeze the pictures
 
 def contact_sheet(

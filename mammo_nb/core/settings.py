@@ -23,7 +23,7 @@ class MammoError(Exception):
 class SettingsError(MammoError):
     "`settings.ini` is missing, has an unknown key, or a value that does not fit."
 
-# %% ../../nbs/core/00_settings.ipynb #65ec13d3
+# %% ../../nbs/core/00_settings.ipynb #d5a562b0
 class _Section(BaseModel):
     model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True)
 
@@ -53,6 +53,7 @@ class Splits(_Section):
     hold_out: float = Field(0.2, gt=0, lt=1)
     valid: float = Field(0.2, gt=0, lt=1)
 
+# %% ../../nbs/core/00_settings.ipynb #b3fc5fb6
 class Train(_Section):
     arch: str = 'resnet18'
     pretrained: Literal['auto', 'yes', 'no'] = 'auto'

@@ -994,7 +994,7 @@ def _write_shot(shot, path):
     write_dicom(path, px, _header(shot, vendor), shot.syntax, _bits(vendor))
     return info
 
-# %% ../../nbs/dicom/03_phantom.ipynb #3e9830ae
+# %% ../../nbs/dicom/03_phantom.ipynb #9be9ed81
 def _write_fault(shot, path, root):
     "Writes a faulty file; returns `info` where an image can still be read, else None"
     rng, vendor = np.random.default_rng(np.random.SeedSequence(shot.seed)), VENDORS[shot.vendor]
@@ -1016,6 +1016,7 @@ def _write_fault(shot, path, root):
         return info
     else: _save(path, _report(shot) if shot.fault == 'report' else _dicomdir(shot))
 
+# %% ../../nbs/dicom/03_phantom.ipynb #fb9117d9
 def _sized(ds, shot, vendor):
     ds.Rows, ds.Columns = shot.size
     ds.SamplesPerPixel, ds.BitsAllocated, ds.BitsStored, ds.HighBit = 1, 16, _bits(vendor), _bits(vendor) - 1

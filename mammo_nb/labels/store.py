@@ -328,7 +328,7 @@ def add(self:LabelStore,
     "Write one event; when this returns, it is on the disk."
     return self.add_many([event])[0]
 
-# %% ../../nbs/labels/00_store.ipynb #c14aadc2
+# %% ../../nbs/labels/00_store.ipynb #6aae7831
 @patch
 def _time(self:LabelStore, rater):
     "Now, or a millisecond after the rater's last event if the clock was set back"
@@ -349,6 +349,7 @@ def label(self:LabelStore,
         self.add(e)
     return e
 
+# %% ../../nbs/labels/00_store.ipynb #44da10d6
 @patch
 def history(self:LabelStore,
     rater: str,

@@ -379,7 +379,7 @@ def temperature_of(
         return F.binary_cross_entropy(p[known].clamp(1e-7, 1-1e-7), yt[known]).item()
     return float(math.exp(minimize_scalar(nll, bounds=(math.log(.25), math.log(8)), method='bounded').x))
 
-# %% ../../nbs/learn/01_rounds.ipynb #f430ab0f
+# %% ../../nbs/learn/01_rounds.ipynb #15e8d311
 def history(
     cohort_dir: str | Path,  # outputs/<cohort>
 ) -> list[dict]:  # the `bundle.json` of every round, oldest first
@@ -413,6 +413,7 @@ def plot_learning_curve(
     ax.grid(alpha=.3)
     return fig
 
+# %% ../../nbs/learn/01_rounds.ipynb #1b120789
 def plot_confusion(
     report: dict,  # one level of a `score_report`
     titles=None,  # a title per finding
