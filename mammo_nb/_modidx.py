@@ -291,7 +291,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mammo_nb.dicom.display.display_lut': ( 'dicom/display.html#display_lut',
                                                                                 'mammo_nb/dicom/display.py'),
                                         'mammo_nb.dicom.display.fit': ('dicom/display.html#fit', 'mammo_nb/dicom/display.py'),
-                                        'mammo_nb.dicom.display.infer_edge': ('dicom/display.html#infer_edge', 'mammo_nb/dicom/display.py'),
                                         'mammo_nb.dicom.display.model_input': ( 'dicom/display.html#model_input',
                                                                                 'mammo_nb/dicom/display.py'),
                                         'mammo_nb.dicom.display.render': ('dicom/display.html#render', 'mammo_nb/dicom/display.py'),

@@ -34,14 +34,14 @@ def newest_bundle(
         if rounds: return rounds[-1]
     raise MammoError(f"No trained model under {here/'rounds'}; run mammo run train, or name one with bundle=PATH.")
 
-# %% ../nbs/4_infer.ipynb #81247603
-def _one_file(rows, file, size, settings):
+# %% ../nbs/4_infer.ipynb #58421538
+def _one_file(rows, file, size, thumbnail_size, settings):
     "The images of one file: `{image_id: uint8 [size, size] or the reason}`"
     e, out = settings.engine, {}
     try:
         with Source(file, e.max_inflated_bytes) as src:
             for image_id, _, frame in rows:
-                try: out[image_id] = render_input(src, size, settings.image.thumbnail_size, frame, e.max_pixels, e.max_inflated_bytes)
+                try: out[image_id] = render_input(src, size, thumbnail_size, frame, e.max_pixels, e.max_inflated_bytes)
                 except Exception as err: out[image_id] = _reason(err)
     except Exception as err: out |= {r[0]: _reason(err) for r in rows if r[0] not in out}
     return out
@@ -52,18 +52,19 @@ def group_inputs(
     rows: list[tuple[str, str, int]],  # (image_id, path, frame) of one group
     dicom_dir: str | Path,  # the cohort's root
     size: int,  # model input, pixels
+    thumbnail_size: int,  # the thumbnails' long edge in the model's training
     settings,  # `Settings`, for the limits per file
 ) -> tuple[np.ndarray, list[str | None]]:  # uint8 [n, size, size] (zeros where it failed), and a reason per image
     "Decodes and prepares one group; a bad image never costs its neighbours."
     x, got = np.zeros((len(rows), size, size), np.uint8), {}
     for path, part in itertools.groupby(rows, key=lambda r: r[1]):
-        got |= _one_file(list(part), source_path(dicom_dir, path), size, settings)
+        got |= _one_file(list(part), source_path(dicom_dir, path), size, thumbnail_size, settings)
     reasons = [None if isinstance(got[r[0]], np.ndarray) else got[r[0]] for r in rows]
     for i, r in enumerate(rows):
         if reasons[i] is None: x[i] = got[r[0]]
     return x, reasons
 
-# %% ../nbs/4_infer.ipynb #3bf1ecd0
+# %% ../nbs/4_infer.ipynb #974f6797
 def _one_by_one(work, group, size, client, limit):
     "A group that failed as a whole, image by image"
     got = {rows[0]: (out, error) for rows, out, error in map_files(work, [[r] for r in group], client, chunk=1, timeout=limit)}
@@ -82,13 +83,14 @@ def prepared(
     groups,  # from `groups_of`
     dicom_dir: str | Path,  # the cohort's root
     size: int,  # model input, pixels
+    thumbnail_size: int,  # the thumbnails' long edge in the model's training
     settings,  # `Settings`, for the time a file may take
     client=None,  # Dask client; None: in this process
     desc: str | None = None,  # shown as progress
 ):
     "Yields `(group, x, reasons)` in order of completion."
     limit = settings.engine.file_timeout
-    work = functools.partial(group_inputs, dicom_dir=dicom_dir, size=size, settings=settings)
+    work = functools.partial(group_inputs, dicom_dir=dicom_dir, size=size, thumbnail_size=thumbnail_size, settings=settings)
     with Progress(desc or 'Reading', sum(map(len, groups))) as progress:
         for group, out, error in map_files(work, groups, client, chunk=1, timeout=limit * max(map(len, groups), default=1)):
             if error: out = _one_by_one(work, group, size, client, limit)
@@ -113,7 +115,7 @@ def _done(folder, manifest, names):
     return old.join(manifest.filter(pl.col('status') == 'ok').select('image_id', 'bytes', 'mtime_ns'),
                     on=['image_id', 'bytes', 'mtime_ns'], how='semi').unique('image_id', keep='last')
 
-# %% ../nbs/4_infer.ipynb #dfb68b6f
+# %% ../nbs/4_infer.ipynb #9375413b
 def predict(
     manifest: pl.DataFrame,  # the cohort
     dicom_dir: str | Path,  # its files
@@ -133,7 +135,8 @@ def predict(
     facts, rows, fresh = manifest.select('image_id', 'bytes', 'mtime_ns'), [], [] if done is None else [done]
     began = last = time.monotonic()
     n = 0
-    for group, x, reasons in prepared(groups, dicom_dir, model.size, settings, client, 'Predicting') if groups else ():
+    seen_at = model.meta.get('thumbnail_size', settings.image.thumbnail_size)
+    for group, x, reasons in prepared(groups, dicom_dir, model.size, seen_at, settings, client, 'Predicting') if groups else ():
         rows.append(_part(group, model.predict(x), reasons, names))
         n += len(group)
         if time.monotonic() - last > every: last = _flush(folder, rows, fresh, facts, settings)

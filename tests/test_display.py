@@ -85,12 +85,10 @@ def test_reduced_resolution(ts, size):
 
 @pytest.mark.parametrize('ts', [df.EXPLICIT, df.RLE, df.JPEGLL1, df.JLS, df.J2K_LOSSLESS, df.J2K, df.HTJ2K_LOSSLESS])
 def test_the_model_sees_the_same_from_a_thumbnail_and_from_the_file(ts):
-    for size in ((831, 635), (700, 701), (640, 316), (100, 90)):
+    for size in ((1664, 1270), (831, 635), (700, 701), (640, 316), (100, 90)):
         data = make(df.tissue(*size, seed=1, background=900), ts, **WINDOW)
-        through, direct = model_input(render(data, 384), 96), render_input(data, 96, 384)
-        d = np.abs(through.astype(int) - direct)
-        assert np.array_equal(through.any(0), direct.any(0)), 'the same columns'
-        assert through.shape == (96, 96) and d.mean() < .5 and d.max() <= 30, (ts, size)
+        direct = render_input(data, 96, 384)
+        assert direct.shape == (96, 96) and np.array_equal(model_input(render(data, 384), 96), direct), (ts, size)
 
 
 def test_reduced_resolution_of_signed_and_tiled_streams():
