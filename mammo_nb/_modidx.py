@@ -539,6 +539,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mammo_nb.infer._part': ('infer.html#_part', 'mammo_nb/infer.py'),
                                 'mammo_nb.infer._reason': ('infer.html#_reason', 'mammo_nb/infer.py'),
                                 'mammo_nb.infer.aggregate': ('infer.html#aggregate', 'mammo_nb/infer.py'),
+                                'mammo_nb.infer.cohort_manifest': ('infer.html#cohort_manifest', 'mammo_nb/infer.py'),
                                 'mammo_nb.infer.group_inputs': ('infer.html#group_inputs', 'mammo_nb/infer.py'),
                                 'mammo_nb.infer.groups_of': ('infer.html#groups_of', 'mammo_nb/infer.py'),
                                 'mammo_nb.infer.infer': ('infer.html#infer', 'mammo_nb/infer.py'),
