@@ -498,6 +498,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mammo_nb.dicom.read._plausible': ('dicom/read.html#_plausible', 'mammo_nb/dicom/read.py'),
                                      'mammo_nb.dicom.read._predicted_tail': ('dicom/read.html#_predicted_tail', 'mammo_nb/dicom/read.py'),
                                      'mammo_nb.dicom.read._reduction': ('dicom/read.html#_reduction', 'mammo_nb/dicom/read.py'),
+                                     'mammo_nb.dicom.read._refuse_deep': ('dicom/read.html#_refuse_deep', 'mammo_nb/dicom/read.py'),
                                      'mammo_nb.dicom.read._rle': ('dicom/read.html#_rle', 'mammo_nb/dicom/read.py'),
                                      'mammo_nb.dicom.read._size_text': ('dicom/read.html#_size_text', 'mammo_nb/dicom/read.py'),
                                      'mammo_nb.dicom.read._starts': ('dicom/read.html#_starts', 'mammo_nb/dicom/read.py'),

@@ -2,6 +2,7 @@
 import io
 import pickle
 import struct
+import sys
 import tarfile
 import zipfile
 import zlib
@@ -257,8 +258,15 @@ def test_float_pixels_and_other_objects():
     with pytest.raises(ReadError, match='Comprehensive SR'): read_frame(content(ds))
 
 
-def test_deep_sequences():
-    depth = 400
+@pytest.mark.parametrize('depth, limit', [(400, 1000), (400, 20_000), (100, 20_000)])
+def test_deep_sequences(depth, limit):
+    old = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit)
+    try: _deep_sequences(depth)
+    finally: sys.setrecursionlimit(old)
+
+
+def _deep_sequences(depth):
     nest = b''.join(b'\x40\0\x30\xa7SQ\0\0\xff\xff\xff\xff\xfe\xff\0\xe0\xff\xff\xff\xff' for _ in range(depth))
     nest += b''.join(b'\xfe\xff\x0d\xe0\0\0\0\0\xfe\xff\xdd\xe0\0\0\0\0' for _ in range(depth))
     ds = dataset(A)
