@@ -258,7 +258,7 @@ def test_float_pixels_and_other_objects():
     with pytest.raises(ReadError, match='Comprehensive SR'): read_frame(content(ds))
 
 
-@pytest.mark.parametrize('depth, limit', [(400, 1000), (400, 20_000), (100, 20_000)])
+@pytest.mark.parametrize('depth, limit', [*((400, n) for n in range(700, 720)), (400, 20_000), (100, 20_000)])
 def test_deep_sequences(depth, limit):
     old = sys.getrecursionlimit()
     sys.setrecursionlimit(limit)

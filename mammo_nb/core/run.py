@@ -6,7 +6,7 @@
 __all__ = ['app', 'console', 'Job', 'cohort_name', 'job', 'log_metrics', 'Stage', 'notebooks_dir', 'stages', 'check_parameters',
            'Run', 'StageFailed', 'run_stage', 'write_report', 'checkup', 'main']
 
-# %% ../../nbs/core/02_run.ipynb #8c78ff54
+# %% ../../nbs/core/02_run.ipynb #816e3d1f
 import ast
 import json
 import os
@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -162,10 +163,20 @@ def _run_dir(cohort_dir, stage):
         except OSError as e: raise disk_problem(e, d) from None
         return d
 
-# %% ../../nbs/core/02_run.ipynb #4ea2b2fc
-def _quiet_kernel():
-    "Extra kernel arguments: no chatter on the terminal"
-    return ['--IPKernelApp.log_level=50', '--HistoryManager.enabled=False']
+# %% ../../nbs/core/02_run.ipynb #09e63f1f
+_kernel_arguments = ['--IPKernelApp.log_level=50', '--HistoryManager.enabled=False']
+
+@contextmanager
+def _stderr_away():
+    "Kernels inherit our standard error and chatter on it while they shut down; what matters comes as an exception"
+    with open(os.devnull, 'w') as null:
+        sys.stderr.flush()
+        kept = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        try: yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 def _execute(stage, params, out, env, cwd):
     "papermill, with the three ways it can fail turned into two: a user's `MammoError`, or `StageFailed`"
@@ -175,10 +186,10 @@ def _execute(stage, params, out, env, cwd):
     old = {k: os.environ.get(k) for k in env}
     os.environ.update(env)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _stderr_away():
             warnings.simplefilter('ignore')
             pm.execute_notebook(stage.path, out, params, kernel_name='python3', language='python', progress_bar=False,
-                                cwd=cwd, extra_arguments=_quiet_kernel())
+                                cwd=cwd, extra_arguments=_kernel_arguments)
     except PapermillExecutionError as e:
         if e.ename.endswith(('MammoError', 'SettingsError', 'ReadError')): raise MammoError(e.evalue) from None
         raise StageFailed(f"Stage {stage.name} stopped in cell {e.exec_count} with {e.ename}: {e.evalue}. The executed notebook is {out}.") from None

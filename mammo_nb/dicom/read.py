@@ -47,17 +47,22 @@ class ReadError(MammoError):
         self.reason, self.name = reason, str(name)
     def __str__(self): return f'{self.name}: {self.reason}' if self.name else self.reason
 
-# %% ../../nbs/dicom/00_read.ipynb #07b0fa46
+# %% ../../nbs/dicom/00_read.ipynb #3836c161
+def _recursion(e):
+    "Did Python's recursion limit cause it? pydicom wraps that into other errors in places"
+    while e is not None and not isinstance(e, RecursionError): e = e.__cause__ or e.__context__
+    return e is not None
+
 def _plain(e):
     "What went wrong in a parser or decoder, in words without values from the file"
     if isinstance(e, ReadError): return e.reason
+    if _recursion(e): return 'its sequences are nested too deeply to be sane.'
     if isinstance(e, FileNotFoundError): return 'the file does not exist (any more).'
     if isinstance(e, PermissionError): return 'the file may not be read; check its permissions.'
     if isinstance(e, IsADirectoryError): return 'is a folder, not a file.'
     if isinstance(e, zipfile.BadZipFile): return 'the zip archive is damaged; unpack or copy it again.'
     if isinstance(e, zlib.error): return 'the deflated data are damaged.'
     if isinstance(e, OSError): return f"the file cannot be read ({e.strerror or type(e).__name__})."
-    if isinstance(e, RecursionError): return 'its sequences are nested too deeply to be sane.'
     if isinstance(e, MemoryError): return 'claims more data than memory can hold.'
     if isinstance(e, (EOFError, struct.error)): return 'the file ends too early.'
     if isinstance(e, pydicom.errors.InvalidDicomError): return 'is not a DICOM file.'
