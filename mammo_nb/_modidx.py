@@ -539,7 +539,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'mammo_nb.infer._one_by_one': ('infer.html#_one_by_one', 'mammo_nb/infer.py'),
                                 'mammo_nb.infer._one_file': ('infer.html#_one_file', 'mammo_nb/infer.py'),
                                 'mammo_nb.infer._part': ('infer.html#_part', 'mammo_nb/infer.py'),
-                                'mammo_nb.infer._reason': ('infer.html#_reason', 'mammo_nb/infer.py'),
                                 'mammo_nb.infer.aggregate': ('infer.html#aggregate', 'mammo_nb/infer.py'),
                                 'mammo_nb.infer.cohort_manifest': ('infer.html#cohort_manifest', 'mammo_nb/infer.py'),
                                 'mammo_nb.infer.group_inputs': ('infer.html#group_inputs', 'mammo_nb/infer.py'),

@@ -6,7 +6,7 @@
 __all__ = ['newest_bundle', 'group_inputs', 'groups_of', 'prepared', 'predict', 'with_status', 'aggregate', 'write_csv',
            'cohort_manifest', 'infer']
 
-# %% ../nbs/4_infer.ipynb #27bfa970
+# %% ../nbs/4_infer.ipynb #98480ace
 import functools
 import itertools
 import time
@@ -21,7 +21,7 @@ from .core.engine import Progress, atomic_path, engine, map_files, plain_reason,
 from .core.run import job, log_metrics
 from .core.settings import MammoError
 from .dicom.display import render_input
-from .dicom.read import ReadError, Source
+from .dicom.read import Source
 from .learn.bundle import Bundle
 from .preprocess import demo_dicom
 
@@ -36,7 +36,7 @@ def newest_bundle(
         if rounds: return rounds[-1]
     raise MammoError(f"No trained model under {here/'rounds'}; run mammo run train, or name one with bundle=PATH.")
 
-# %% ../nbs/4_infer.ipynb #58421538
+# %% ../nbs/4_infer.ipynb #ead67004
 def _one_file(rows, file, size, thumbnail_size, settings):
     "The images of one file: `{image_id: uint8 [size, size] or the reason}`"
     e, out = settings.engine, {}
@@ -44,11 +44,9 @@ def _one_file(rows, file, size, thumbnail_size, settings):
         with Source(file, e.max_inflated_bytes) as src:
             for image_id, _, frame in rows:
                 try: out[image_id] = render_input(src, size, thumbnail_size, frame, e.max_pixels, e.max_inflated_bytes)
-                except Exception as err: out[image_id] = _reason(err)
-    except Exception as err: out |= {r[0]: _reason(err) for r in rows if r[0] not in out}
+                except Exception as err: out[image_id] = plain_reason(err)
+    except Exception as err: out |= {r[0]: plain_reason(err) for r in rows if r[0] not in out}
     return out
-
-def _reason(e): return e.reason.rstrip('.') if isinstance(e, ReadError) else plain_reason(e)
 
 def group_inputs(
     rows: list[tuple[str, str, int]],  # (image_id, path, frame) of one group

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['open_store', 'next_round', 'pick_queue', 'ask_oracle', 'label_table', 'labelled_sheet']
 
-# %% ../nbs/2_label.ipynb #74c25062
+# %% ../nbs/2_label.ipynb #bfb139f5
 import re
 from datetime import datetime
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import polars as pl
 
 from .cohort.manifest import read_manifest, source_dir

@@ -7,7 +7,6 @@ from pathlib import Path
 import cv2
 import imagecodecs
 import numpy as np
-import pydicom
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_modality_lut, apply_voi_lut, get_encoder

@@ -8,7 +8,7 @@ from hypothesis import given, settings as hyp, strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, brier_score_loss, recall_score, roc_auc_score
 
 from mammo_nb.metrics.scores import (all_scores, binary_scores, bootstrap_ci, exact_interval, patient_weights, score_report, score_table, to_studies,
-                                     weighted_auc, weighted_scores)
+                                     weighted_scores)
 from mammo_nb.metrics.thresholds import threshold_for_sensitivity, youden
 
 SCORES = ('sensitivity', 'specificity', 'accuracy', 'balanced_accuracy', 'roc_auc', 'brier')

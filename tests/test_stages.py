@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from conftest import ROOT, mammo, small_project
+from conftest import mammo, small_project
 from mammo_nb.cohort.manifest import read_manifest, source_dir
 from mammo_nb.cohort.files import source_path
 from mammo_nb.cohort.thumbs import Thumbnails

@@ -1,5 +1,5 @@
 "The label store: what is pressed is what it holds, in whatever order, number and company it arrives."
-import hashlib, json, os, random, signal, sqlite3, subprocess, sys, threading, time
+import random, signal, subprocess, sys, threading
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 import tempfile
 
 from mammo_nb.core.settings import MammoError, load_settings
-from mammo_nb.labels.store import Event, LabelStore, Oracle, StoreError, label_text
+from mammo_nb.labels.store import Event, LabelStore, Oracle, StoreError
 
 S = load_settings(Path(__file__).parent.parent/'settings.ini')
 COLUMNS = 'id filename study_id thumbnail_path frame_number has_biopsy_tool has_mag_view labeled_at confidence_biopsy confidence_mag predicted_at'.split()

@@ -126,11 +126,11 @@ def sweep(self: Thumbnails):
     "Clears away what interrupted writes have left."
     for f in self.folder.glob('??/.*.tmp'): f.unlink(missing_ok=True)
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #0f7c5e26
+# %% ../../nbs/cohort/03_thumbs.ipynb #76294110
 FRAMES_PER_TASK = 16
 
 def _failure(e):
-    reason = e.reason.rstrip('.') if isinstance(e, ReadError) else plain_reason(e)
+    reason = plain_reason(e)
     return reason, 'access' if unreachable(e) else 'pixels'
 
 def _make(item, folder, long_edge, max_pixels, max_inflated_bytes):

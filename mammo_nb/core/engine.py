@@ -6,10 +6,9 @@
 __all__ = ['SCHEMA_VERSION', 'disk_problem', 'atomic_path', 'write_text', 'write_json', 'utc_now', 'write_parquet', 'read_meta',
            'Progress', 'n_workers', 'engine', 'plain_reason', 'map_files']
 
-# %% ../../nbs/core/01_engine.ipynb #2c4b5b75
+# %% ../../nbs/core/01_engine.ipynb #bd368018
 import errno
 import faulthandler
-import functools
 import itertools
 import json
 import logging
@@ -197,12 +196,12 @@ def engine(
         with cluster, Client(cluster) as client:
             yield client
 
-# %% ../../nbs/core/01_engine.ipynb #8be69352
+# %% ../../nbs/core/01_engine.ipynb #dd3cfd54
 def plain_reason(
     e: BaseException,  # what a file raised
 ) -> str:  # one sentence without header values
     "Why a file could not be used. Our own errors speak for themselves; of others only the kind is told."
-    if isinstance(e, MammoError): return str(e)
+    if isinstance(e, MammoError): return e.reason.rstrip('.') if hasattr(e, 'reason') else str(e)
     if isinstance(e, MemoryError): return 'needs more memory than one worker has; raise [engine] memory_per_worker'
     if isinstance(e, RecursionError): return 'is nested too deeply'
     if isinstance(e, FileNotFoundError): return 'is gone; it was there when the folder was listed'

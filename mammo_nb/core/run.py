@@ -6,14 +6,13 @@
 __all__ = ['app', 'console', 'Job', 'cohort_name', 'job', 'log_metrics', 'Stage', 'notebooks_dir', 'stages', 'check_parameters',
            'Run', 'StageFailed', 'run_stage', 'write_report', 'checkup', 'main']
 
-# %% ../../nbs/core/02_run.ipynb #816e3d1f
+# %% ../../nbs/core/02_run.ipynb #8cf7168e
 import ast
 import json
 import os
 import re
 import shutil
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -25,7 +24,7 @@ from pathlib import Path
 import yaml
 
 import mammo_nb
-from .engine import atomic_path, disk_problem, utc_now, write_json, write_text
+from .engine import disk_problem, utc_now, write_json, write_text
 from .settings import MammoError, Settings, find_root, load_settings
 
 # %% ../../nbs/core/02_run.ipynb #caecdfe7

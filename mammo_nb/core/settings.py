@@ -6,7 +6,7 @@
 __all__ = ['MammoError', 'SettingsError', 'Finding', 'Study', 'Paths', 'ImageSettings', 'Splits', 'Train', 'Infer', 'Engine',
            'Privacy', 'Demo', 'Settings', 'find_root', 'load_settings']
 
-# %% ../../nbs/core/00_settings.ipynb #5e69535f
+# %% ../../nbs/core/00_settings.ipynb #abf032ea
 import configparser
 import hashlib
 import json
@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 # %% ../../nbs/core/00_settings.ipynb #79ac4be6
 class MammoError(Exception):

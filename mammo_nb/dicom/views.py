@@ -6,14 +6,14 @@
 __all__ = ['VIEW_CODES', 'MODIFIER_CODES', 'code_of', 'view_items', 'view_modifiers', 'parse_view', 'laterality', 'view',
            'view_name', 'image_laterality', 'side_mismatch']
 
-# %% ../../nbs/dicom/02_views.ipynb #e3cbe25f
+# %% ../../nbs/dicom/02_views.ipynb #fe0473c8
 import re
 
 import cv2
 import numpy as np
 from pydicom.dataset import Dataset
 
-from .read import get_items, get_text, get_value
+from .read import get_items, get_text
 
 # %% ../../nbs/dicom/02_views.ipynb #57ca2254
 VIEW_CODES = {'399368009': 'MLO', '399260004': 'ML', '399352003': 'LM', '399099002': 'LMO', '399162004': 'CC', '399196006': 'FB',

@@ -12,7 +12,7 @@ import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/01_rounds.ipynb #06e42094
+# %% ../../nbs/learn/01_rounds.ipynb #c6d0ab94
 import copy
 import hashlib
 import json
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 
 from ..cohort.manifest import read_manifest
 from ..cohort.thumbs import Sheet, Thumbnails
-from ..core.engine import Progress, atomic_path, disk_problem, write_parquet
+from ..core.engine import Progress, atomic_path, write_parquet
 from ..core.settings import MammoError
 from ..labels.store import LabelStore
 from .acquire import pool_frame
@@ -43,10 +43,10 @@ from .bundle import Bundle, bundle_meta, export_bundle, load_weights_safely, wri
 from .data import input_batch, labelled_frame, make_dls, make_loss, n_outputs
 from ..metrics.scores import score_report
 
-# %% ../../nbs/learn/01_rounds.ipynb #5608e01e
+# %% ../../nbs/learn/01_rounds.ipynb #f1a27090
 with warnings.catch_warnings():
     warnings.simplefilter('ignore')
-    from fastai.callback.core import Callback, CancelFitException, CancelValidException
+    from fastai.callback.core import Callback, CancelValidException
     from fastai.callback.fp16 import MixedPrecision
     from fastai.callback.schedule import LRFinder, ParamScheduler, valley
     from fastai.layers import AdaptiveConcatPool2d
