@@ -6,7 +6,7 @@
 __all__ = ['BUNDLE_FORMAT', 'bundle_meta', 'load_weights_safely', 'sha256_file', 'Bundle', 'deployable', 'export_onnx',
            'agreement', 'export_int8', 'jsonable', 'export_bundle', 'write_bundle_json']
 
-# %% ../../nbs/learn/03_bundle.ipynb #30b37177
+# %% ../../nbs/learn/03_bundle.ipynb #40ce9736
 import contextlib
 import hashlib
 import importlib.util
@@ -15,7 +15,6 @@ import logging
 import math
 import tempfile
 import warnings
-from datetime import datetime, timezone
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +23,11 @@ import onnxruntime as ort
 from fastcore.basics import patch
 
 from .. import __version__
+from ..core.engine import utc_now
 from ..core.settings import MammoError
 from ..dicom.display import PREPROCESSING_VERSION
 
-# %% ../../nbs/learn/03_bundle.ipynb #a9ed6493
+# %% ../../nbs/learn/03_bundle.ipynb #67990fac
 BUNDLE_FORMAT = 1
 _required = ('findings', 'columns', 'thresholds', 'head', 'size', 'mean', 'std', 'temperature', 'preprocessing_version')
 
@@ -48,7 +48,7 @@ def bundle_meta(
                 size=settings.image.model_size, thumbnail_size=settings.image.thumbnail_size,
                 mean=float(mean), std=float(std), temperature=float(temperature),
                 preprocessing_version=PREPROCESSING_VERSION, settings_hash=settings.hash, package_version=__version__,
-                created_utc=datetime.now(timezone.utc).isoformat(timespec='seconds'), **extra)
+                created_utc=utc_now(), **extra)
 
 # %% ../../nbs/learn/03_bundle.ipynb #61614eaa
 def load_weights_safely(
