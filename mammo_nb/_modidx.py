@@ -250,6 +250,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings.Splits': ('core/settings.html#splits', 'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings.Study': ('core/settings.html#study', 'mammo_nb/core/settings.py'),
+                                        'mammo_nb.core.settings.Thresholds': ('core/settings.html#thresholds', 'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings.Train': ('core/settings.html#train', 'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings._Section': ('core/settings.html#_section', 'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings._check': ('core/settings.html#_check', 'mammo_nb/core/settings.py'),
