@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['newest_bundle', 'group_inputs', 'groups_of', 'prepared', 'predict', 'with_status', 'aggregate', 'write_csv',
-           'cohort_manifest', 'infer']
+           'cohort_shift', 'shift_table', 'cohort_manifest', 'infer']
 
-# %% ../nbs/4_infer.ipynb #98480ace
+# %% ../nbs/4_infer.ipynb #da6c8da4
 import functools
 import itertools
 import time
@@ -23,6 +23,8 @@ from .core.settings import MammoError
 from .dicom.display import render_input
 from .dicom.read import Source
 from .learn.bundle import Bundle
+from .metrics.shift import FEATURES, intensity_features, plot_shift, shift_report
+from .metrics.thresholds import study_threshold
 from .preprocess import demo_dicom
 
 # %% ../nbs/4_infer.ipynb #fc1b9813
@@ -97,25 +99,28 @@ def prepared(
             progress.update(len(group))
             yield group, *out
 
-# %% ../nbs/4_infer.ipynb #827976a5
-def _part(group, p, reasons, names):
-    "One group's rows"
-    bad = np.array([r is not None for r in reasons])
-    cols = {f'prob_{n}': pl.Series([None if b else float(v) for v, b in zip(p[:, i], bad)], dtype=pl.Float32) for i, n in enumerate(names)}
+# %% ../nbs/4_infer.ipynb #58b9cff8
+def _part(group, x, p, reasons, names):
+    "One group's rows: probabilities, and what the image looks like (`px_…`)"
+    values = {f'prob_{n}': p[:, i] for i, n in enumerate(names)} | intensity_features(x)
+    cols = {k: pl.Series([None if r else float(a) for a, r in zip(v, reasons)], dtype=pl.Float32) for k, v in values.items()}
     return pl.DataFrame(dict(image_id=[r[0] for r in group], failed=pl.Series(reasons, dtype=pl.String)) | cols)
 
-def _done(folder, manifest, names):
+def _measured(df): return [c for c in df.columns if c.startswith(('prob_', 'px_'))]
+
+def _nothing(model): return np.zeros((0, model.size, model.size), np.uint8), np.zeros((0, len(model.names)))
+
+def _done(folder, manifest):
     "Rows of an earlier run that still hold: same model folder, same image, file unchanged"
     files = [*sorted((folder/'parts').glob('*.parquet')), *([folder/'predictions.parquet'] if (folder/'predictions.parquet').exists() else [])]
     if not files: return None
-    probs = [f'prob_{n}' for n in names]
     frames = [pl.read_parquet(f) for f in files]
-    old = pl.concat([f.filter(pl.col('status') != 'duplicate').select('image_id', 'bytes', 'mtime_ns', pl.col('reason').alias('failed'), *probs)
-                     if 'status' in f.columns else f.select('image_id', 'bytes', 'mtime_ns', 'failed', *probs) for f in frames])
+    old = pl.concat([f.filter(pl.col('status') != 'duplicate').select('image_id', 'bytes', 'mtime_ns', pl.col('reason').alias('failed'), *_measured(f))
+                     if 'status' in f.columns else f.select('image_id', 'bytes', 'mtime_ns', 'failed', *_measured(f)) for f in frames], how='diagonal')
     return old.join(manifest.filter(pl.col('status') == 'ok').select('image_id', 'bytes', 'mtime_ns'),
                     on=['image_id', 'bytes', 'mtime_ns'], how='semi').unique('image_id', keep='last')
 
-# %% ../nbs/4_infer.ipynb #9375413b
+# %% ../nbs/4_infer.ipynb #7d0529d5
 def predict(
     manifest: pl.DataFrame,  # the cohort
     dicom_dir: str | Path,  # its files
@@ -127,7 +132,7 @@ def predict(
 ) -> tuple[pl.DataFrame, int, float]:  # image_id, failed, prob_*; images computed now; seconds that took
     "Probabilities of every readable image, resumable. Raises `MammoError` when the disk is full."
     folder, names = Path(folder), model.names
-    done = _done(folder, manifest, names)
+    done = _done(folder, manifest)
     groups = groups_of(manifest, settings.infer.batch_size)
     if done is not None:
         have = set(done['image_id'])
@@ -137,33 +142,33 @@ def predict(
     n = 0
     seen_at = model.meta.get('thumbnail_size', settings.image.thumbnail_size)
     for group, x, reasons in prepared(groups, dicom_dir, model.size, seen_at, settings, client, 'Predicting') if groups else ():
-        rows.append(_part(group, model.predict(x), reasons, names))
+        rows.append(_part(group, x, model.predict(x), reasons, names))
         n += len(group)
         if time.monotonic() - last > every: last = _flush(folder, rows, fresh, facts, settings)
     _flush(folder, rows, fresh, facts, settings)
     seconds = time.monotonic() - began
-    return (pl.concat(fresh).unique('image_id', keep='last') if fresh else _part([], np.zeros((0, len(names))), [], names)), n, seconds
+    return (pl.concat(fresh, how='diagonal').unique('image_id', keep='last') if fresh else _part([], *_nothing(model), [], names)), n, seconds
 
-# %% ../nbs/4_infer.ipynb #82247198
+# %% ../nbs/4_infer.ipynb #522cfac8
 def _flush(folder, rows, fresh, facts, settings):
     "Moves `rows` to a part file and to `fresh`"
     if rows:
         part = pl.concat(rows).join(facts.unique('image_id', keep='first'), on='image_id', how='left')
-        part = part.select('image_id', 'bytes', 'mtime_ns', 'failed', *[c for c in part.columns if c.startswith('prob_')])
+        part = part.select('image_id', 'bytes', 'mtime_ns', 'failed', *_measured(part))
         write_parquet(part, folder/'parts'/f'{part["image_id"][0]}-{len(part)}.parquet', settings)
         fresh.append(part)
         rows.clear()
     return time.monotonic()
 
-# %% ../nbs/4_infer.ipynb #427d475b
+# %% ../nbs/4_infer.ipynb #c3c72620
 def with_status(
     manifest: pl.DataFrame,  # the cohort
     probs: pl.DataFrame,  # from `predict`
-) -> pl.DataFrame:  # a row per manifest row: ids, status, reason, prob_*
+) -> pl.DataFrame:  # a row per manifest row: ids, status, reason, prob_*, px_*
     "Every row of the manifest with what became of it."
     keep = ['image_id', 'path', 'bytes', 'mtime_ns', 'study_id', 'patient_id', 'site', 'split', 'frame', 'status', 'reason']
     ok = pl.col('status') == 'ok'
-    p = [c for c in probs.columns if c.startswith('prob_')]
+    p = _measured(probs)
     out = manifest.select(keep).join(probs.select('image_id', 'failed', *p), on='image_id', how='left', maintain_order='left')
     failed = ok & (pl.col('failed').is_not_null() | pl.col(p[0]).is_null())
     return out.with_columns(
@@ -171,21 +176,30 @@ def with_status(
         pl.when(failed).then(pl.col('failed').fill_null('was not predicted')).otherwise('reason').alias('reason'),
         *[pl.when(ok).then(c).alias(c) for c in p]).drop('failed')
 
-# %% ../nbs/4_infer.ipynb #6c1cf780
+# %% ../nbs/4_infer.ipynb #2963fb25
 def aggregate(
     predictions: pl.DataFrame | pl.LazyFrame,  # from `with_status`
     settings,  # `Settings`, for the findings
-    thresholds: dict[str, float] | None = None,  # per finding; default: those of settings
-) -> pl.DataFrame:  # a row per study, sorted; first the six columns of studies.csv, then rejected and duplicate counts
+    choices: dict[str, dict] | None = None,  # per finding: `flag`, and where chosen `clear` and `size`; default: the flags of settings
+) -> pl.DataFrame:  # a row per study, sorted; first the columns of studies.csv, then rejected and duplicate counts, and decision_* with two thresholds
     "Studies: flagged if any image reaches the threshold. Unknown (null) where no image could be read."
-    t = {f.name: f.threshold for f in settings.findings} | (thresholds or {})
     most = [pl.col(f'prob_{n}').max().alias(f'max_prob_{n}') for n in settings.names]
     count = lambda s: (pl.col('status') == s).sum().cast(pl.Int64)
     out = (predictions.lazy().group_by('study_id').agg(*most, count('ok').alias('image_count'),
                                                         count('rejected').alias('rejected_count'), count('duplicate').alias('duplicate_count'))
-           .with_columns(*[(pl.col(f'max_prob_{f.name}') >= t[f.name]).alias(f.column) for f in settings.findings])
-           .sort('study_id'))
-    return out.select('study_id', *settings.columns, *[f'max_prob_{n}' for n in settings.names], 'image_count', 'rejected_count', 'duplicate_count').collect()
+           .sort('study_id').collect())
+    for f in settings.findings: out = _decided(out, f, {'flag': f.threshold} | ((choices or {}).get(f.name) or {}))
+    made = [c for c in out.columns if c.startswith('decision_')]
+    return out.select('study_id', *settings.columns, *[f'max_prob_{n}' for n in settings.names], 'image_count', 'rejected_count', 'duplicate_count', *made)
+
+def _decided(studies, finding, choice):
+    "adds has_<finding>, and with two thresholds decision_<finding>: clear, review or flag"
+    n, p = studies['image_count'].to_numpy(), pl.col(f'max_prob_{finding.name}')
+    line = lambda t: pl.Series(study_threshold(t, n, choice.get('size')))
+    out = studies.with_columns((p >= line(choice['flag'])).alias(finding.column))
+    if choice.get('clear') is None: return out
+    said = pl.when(finding.column).then(pl.lit('flag')).when(p < line(choice['clear'])).then(pl.lit('clear')).otherwise(pl.lit('review'))
+    return out.with_columns(pl.when(p.is_not_null()).then(said).alias(f'decision_{finding.name}'))
 
 # %% ../nbs/4_infer.ipynb #5c9f50fa
 def write_csv(
@@ -196,6 +210,29 @@ def write_csv(
     "`studies.csv`: exactly study_id, has_*, max_prob_*, image_count; probabilities with six decimals, unknown left empty."
     cols = ['study_id', *settings.columns, *[f'max_prob_{n}' for n in settings.names], 'image_count']
     with atomic_path(path) as tmp: studies.select(cols).write_csv(tmp, float_precision=6)
+
+# %% ../nbs/4_infer.ipynb #11dd52e3
+def cohort_shift(
+    predictions: pl.DataFrame,  # from `with_status`
+    reference: dict | None,  # the bundle's `reference`
+    most: int = 8,  # sites shown one by one, the largest; the others together
+) -> tuple[pl.DataFrame, pl.DataFrame] | None:  # report of `shift_report`, and the rows it is about; None without a reference
+    "Distance of every site from the model's validation patients."
+    ok = predictions.filter(pl.col('status') == 'ok')
+    if not reference or not ok.height: return None
+    big = ok['site'].fill_null('').value_counts(sort=True)['site'].head(most).to_list()
+    site = pl.col('site').fill_null('')
+    ok = ok.with_columns(site=pl.when(site == '').then(pl.lit('unknown')).when(site.is_in(big)).then(site).otherwise(pl.lit('other sites')))
+    return shift_report(reference, ok), ok
+
+def shift_table(
+    report: pl.DataFrame,  # from `cohort_shift`
+    titles: dict,  # {column: what to call it}
+) -> pl.DataFrame:  # a row per site: images, and a verdict per feature
+    "The verdicts, a site per row."
+    names = FEATURES | titles
+    wide = report.with_columns(pl.col('feature').replace(names)).pivot('feature', index='site', values='verdict')
+    return report.group_by('site', maintain_order=True).agg(images=pl.col('n').max()).join(wide, on='site', maintain_order='left')
 
 # %% ../nbs/4_infer.ipynb #43a4002b
 def cohort_manifest(
@@ -208,7 +245,7 @@ def cohort_manifest(
         return scan(demo_dicom(j.cohort, j.settings, j.folder.parent), j.folder, j.settings, client, seed=j.settings.study.seed)
     return read_manifest(j.folder)
 
-# %% ../nbs/4_infer.ipynb #46ed9a50
+# %% ../nbs/4_infer.ipynb #eac7f6cf
 def infer(
     j,  # `Job`
     precision: str = '',  # fp32 or int8; '' : as in settings
@@ -224,10 +261,12 @@ def infer(
         folder = j.folder/'predictions'/model.id
         probs, n, seconds = predict(manifest, source, model, folder, s, client)
     predictions = with_status(manifest, probs)
-    studies = aggregate(predictions, s, dict(zip(model.names, model.thresholds)))
+    studies = aggregate(predictions, s, model.choices)
     facts = dict(model=model.id, precision=model.precision, preprocessing_version=model.meta['preprocessing_version'])
     write_parquet(predictions, folder/'predictions.parquet', s, **facts)
     write_parquet(studies, folder/'studies.parquet', s, **facts)
     write_csv(studies, folder/'studies.csv', s)
     for part in (folder/'parts').glob('*.parquet'): part.unlink()
-    return dict(predictions=predictions, studies=studies, folder=folder, n=n, seconds=seconds, model=model)
+    shift = cohort_shift(predictions, model.reference)
+    if shift: write_parquet(shift[0], folder/'shift.parquet', s, **facts)
+    return dict(predictions=predictions, studies=studies, folder=folder, n=n, seconds=seconds, model=model, shift=shift)

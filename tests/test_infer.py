@@ -11,12 +11,14 @@ from mammo_nb.cohort.manifest import funnel, scan
 from mammo_nb.core.run import job
 from mammo_nb.core.settings import MammoError, load_settings
 from mammo_nb.dicom.phantom import SITES_B, make_cohort
-from mammo_nb.infer import aggregate, groups_of, infer, newest_bundle, predict, with_status, write_csv
+from mammo_nb.infer import aggregate, cohort_shift, groups_of, infer, newest_bundle, predict, shift_table, with_status, write_csv
+from mammo_nb.metrics.shift import shift_reference
 
 
 class Model:
     "Answers with the mean of the image, so that every image has its own probability"
     names, size, thresholds, id, precision, meta = ('biopsy', 'mag'), 64, (.3, .5), 'mean-r001-00000000', 'fp32', dict(preprocessing_version=1)
+    choices, reference = dict(biopsy=dict(flag=.3), mag=dict(flag=.5)), None
 
     def __init__(self): self.seen = 0
 
@@ -131,7 +133,28 @@ def test_a_study_is_flagged_by_any_image_and_unknown_without_one(tmp_path):
 
 def test_thresholds_of_the_model_count():
     p = pl.DataFrame(dict(study_id=['a'], status=['ok'], prob_biopsy=[.4], prob_mag=[.4]))
-    assert aggregate(p, load_settings(), dict(biopsy=.3, mag=.5)).select('has_biopsy_tool', 'has_mag_view').row(0) == (True, False)
+    assert aggregate(p, load_settings(), dict(biopsy=dict(flag=.3), mag=dict(flag=.5))).select('has_biopsy_tool', 'has_mag_view').row(0) == (True, False)
+
+
+def test_two_thresholds_and_the_size_of_a_study():
+    p = pl.DataFrame(dict(study_id=['a', 'b', 'c', *['d']*8, 'e'], status=['ok']*11 + ['rejected'], prob_biopsy=[.9, .5, .1, *[.7]*8, None], prob_mag=[.1]*11 + [None]))
+    two = aggregate(p, load_settings(), dict(biopsy=dict(flag=.6, clear=.3), mag=dict(flag=.5)))
+    assert two['decision_biopsy'].to_list() == ['flag', 'review', 'clear', 'flag', None] and 'decision_mag' not in two.columns
+    sized = aggregate(p, load_settings(), dict(biopsy=dict(flag=.6, clear=.3, size=dict(slope=1., images=1)), mag=dict(flag=.5)))
+    assert sized['decision_biopsy'].to_list() == ['flag', 'review', 'clear', 'clear', None], 'eight images at .7 are no more than chance'
+    assert sized['has_biopsy_tool'].to_list() == [True, False, False, False, None]
+
+
+def test_shift_names_the_site_that_differs():
+    rng = np.random.default_rng(0)
+    def rows(n, site, mean): return pl.DataFrame(dict(patient_id=[f'{site}{i}' for i in range(n)], site=[site]*n, status=['ok']*n,
+                                                      prob_biopsy=rng.random(n).astype(np.float32), px_mean=rng.normal(mean, 10, n).astype(np.float32)))
+    home, away = rows(400, 'home', 90), pl.concat([rows(150, 'leeds', 90), rows(150, 'york', 130), rows(9, '', 90).with_columns(status=pl.lit('rejected'))])
+    report, seen = cohort_shift(away, shift_reference(home))
+    table = shift_table(report, dict(prob_biopsy='Biopsy tool')).rows_by_key('site', named=True, unique=True)
+    assert set(table) == {'leeds', 'york'} and len(seen) == 300
+    assert table['leeds']['tissue brightness'] == table['leeds']['Biopsy tool'] == 'as in training' and table['york']['tissue brightness'] == 'differs a lot'
+    assert cohort_shift(away, None) is None
 
 
 def test_no_model_is_one_sentence(tmp_path):

@@ -72,12 +72,12 @@ def _ddl():
                    f"BEGIN SELECT RAISE(ABORT, 'the label store is append-only'); END")
     for i, on in _indexes.items(): yield f'CREATE INDEX IF NOT EXISTS {i} ON {on}'
 
-# %% ../../nbs/labels/00_store.ipynb #e489847b
-_rank = """CASE e.source WHEN 'human' THEN 30 WHEN 'header' THEN 10 ELSE 20 END
-    + CASE WHEN e.queue = 'disagreements' THEN 5 ELSE 0 END"""
+# %% ../../nbs/labels/00_store.ipynb #799f1c63
+_rank = """CASE WHEN e.saw_model AND e.image_id IN (SELECT image_id FROM images WHERE split = 'hold_out') THEN 0 ELSE
+    CASE e.source WHEN 'human' THEN 30 WHEN 'header' THEN 10 ELSE 20 END + CASE WHEN e.queue = 'disagreements' THEN 5 ELSE 0 END END"""
 
-def _views(settings):
-    "Name -> SELECT, in the order they build on one another; the last ones have columns per finding"
+def _views(settings, blind=False):
+    "Name -> SELECT, in the order they build on one another; the last ones have columns per finding. `blind`: as if nobody had seen the model"
     names = settings.names
     value = lambda n: f"""json_extract(label, '$."{n}"')"""
     votes = ', '.join(f'sum({value(n)} = 1) AS yes_{n}, sum({value(n)} = 0) AS no_{n}' for n in names)
@@ -89,10 +89,10 @@ def _views(settings):
     return dict(
         current_images='SELECT i.* FROM images i WHERE i.version = (SELECT max(j.version) FROM images j WHERE j.image_id = i.image_id)',
         live="""SELECT e.* FROM events e WHERE e.undo_client IS NULL AND NOT EXISTS
-            (SELECT 1 FROM events u WHERE u.undo_client = e.client AND u.undo_seq = e.seq AND u.rater = e.rater)""",
+            (SELECT 1 FROM events u WHERE u.undo_client = e.client AND u.undo_seq = e.seq AND u.rater = e.rater)""" + ' AND NOT e.saw_model' * blind,
         latest=f"""SELECT * FROM (SELECT *, row_number() OVER (PARTITION BY image_id, rater, rank ORDER BY time DESC, client DESC, seq DESC)
             AS nth FROM (SELECT e.*, {_rank} AS rank FROM live e)) WHERE nth = 1""",
-        votes=f"""SELECT *, {tops} FROM (SELECT image_id, rank, max(time) AS time, {votes} FROM latest WHERE label <> 'skip'
+        votes=f"""SELECT *, {tops} FROM (SELECT image_id, rank, max(time) AS time, {votes} FROM latest WHERE label <> 'skip' AND rank > 0
             GROUP BY image_id, rank)""",
         resolved=f"""SELECT image_id, {has}, max(CASE WHEN {used} THEN time END) AS labeled_at, max(CASE WHEN {used} THEN rank END) AS rank,
             max({split}) AS disputed FROM votes GROUP BY image_id""",
@@ -349,7 +349,7 @@ def label(self:LabelStore,
         self.add(e)
     return e
 
-# %% ../../nbs/labels/00_store.ipynb #44da10d6
+# %% ../../nbs/labels/00_store.ipynb #c2c09509
 @patch
 def history(self:LabelStore,
     rater: str,
@@ -370,11 +370,12 @@ def _event(row):
 @patch
 def opinions(self:LabelStore,
     rater: str,
-    queue: str | None = None,  # 'disagreements': what the rater said to settle one; else what they said as a rater
+    queue: str | None = None,  # 'disagreements': what the rater said to settle one; 'review': also of hold-out images with the model in sight
 ) -> dict:  # image_id -> tuple of the names marked yes, or 'skip'
     "A rater's last word on each image."
-    rows = self._all("""SELECT image_id, label FROM (SELECT image_id, label, row_number() OVER (PARTITION BY image_id ORDER BY rank DESC) AS best
-        FROM latest WHERE rater = ? AND (rank % 10 > 0) = ?) WHERE best = 1""", rater, queue == 'disagreements')
+    rows = self._all("""SELECT image_id, label FROM (SELECT image_id, label, row_number() OVER
+        (PARTITION BY image_id ORDER BY CASE WHEN ?3 AND rank = 0 THEN 30 ELSE rank END DESC, time DESC) AS best
+        FROM latest WHERE rater = ?1 AND (rank % 10 > 0) = ?2) WHERE best = 1""", rater, queue == 'disagreements', queue == 'review')
     return {i: marked(l if l == 'skip' else json.loads(l)) for i, l in rows}
 
 # %% ../../nbs/labels/00_store.ipynb #fc317347
@@ -392,24 +393,27 @@ def undo(self:LabelStore,
                          undoes=(e.client, e.seq)))
     return e
 
-# %% ../../nbs/labels/00_store.ipynb #8bd677ef
+# %% ../../nbs/labels/00_store.ipynb #0ced16b8
 @patch
 def _has(self:LabelStore): return {c: pl.Int8 for c in self.columns}
 
 @patch
 def labels(self:LabelStore,
     rater: str | None = None,  # one rater's own opinion instead of the resolved one
+    blind: bool = False,  # only what was said without the model's answer in sight; to score a model by
 ) -> pl.DataFrame:  # image_id, has_… (0, 1 or null), labeled_at (UTC text), rater, source; a row per labelled image, by image_id
     "What the images are, as far as anybody has said."
     S, names, cols = pl.String, self.names, self.columns
+    views = _views(self.settings, blind)  # under the same names they stand before the stored ones
+    only = 'WITH ' + ', '.join(f'{n} AS ({views[n]})' for n in ('live', 'latest', 'votes', 'resolved')) + ' ' if blind else ''
     if rater is None:
         who = """(SELECT group_concat(x, ' ') FROM (SELECT DISTINCT l.rater AS x FROM latest l WHERE l.image_id = r.image_id AND l.rank = r.rank
             AND l.label <> 'skip' ORDER BY x))"""
         src = """(SELECT max(l.source) FROM latest l WHERE l.image_id = r.image_id AND l.rank = r.rank AND l.label <> 'skip')"""
-        sql = f"SELECT image_id, {', '.join(cols)}, labeled_at, {who}, {src} FROM resolved r WHERE labeled_at IS NOT NULL ORDER BY image_id"
+        sql = f"{only}SELECT image_id, {', '.join(cols)}, labeled_at, {who}, {src} FROM resolved r WHERE labeled_at IS NOT NULL ORDER BY image_id"
         return self._frame(sql, image_id=S, **self._has(), labeled_at=S, rater=S, source=S)
     has = ', '.join(f"""json_extract(label, '$."{n}"')""" for n in names)
-    sql = f"""SELECT image_id, {has}, time, rater, source FROM (SELECT *, row_number() OVER
+    sql = f"""{only}SELECT image_id, {has}, time, rater, source FROM (SELECT *, row_number() OVER
         (PARTITION BY image_id ORDER BY rank % 10, rank DESC) AS best FROM latest WHERE rater = ?)
         WHERE best = 1 AND label <> 'skip' ORDER BY image_id"""
     return self._frame(sql, rater, image_id=S, **self._has(), labeled_at=S, rater=S, source=S)
@@ -550,7 +554,7 @@ def predictions(self:LabelStore,
     rows = self._all(f'SELECT image_id, probs, max(version) FROM predictions {only} GROUP BY image_id', *args)
     return {i: json.loads(p) for i, p, _ in rows}
 
-# %% ../../nbs/labels/00_store.ipynb #cec1bebb
+# %% ../../nbs/labels/00_store.ipynb #321a3439
 def _kappa(t):
     "Cohen's kappa from counts [..., 4] of (no no, no yes, yes no, yes yes); NaN where both raters only ever said one thing"
     t = t / t.sum(-1, keepdims=True)
@@ -563,12 +567,12 @@ def _kappa(t):
 def _opinions(self:LabelStore, finding):
     "rater -> {image_id: 0 | 1}, adjudications left out"
     rows = self._all(f"""SELECT rater, image_id, json_extract(label, '$."{finding}"') AS v, max(rank) FROM latest
-        WHERE label <> 'skip' AND rank % 10 = 0 AND v IS NOT NULL GROUP BY rater, image_id""")
+        WHERE label <> 'skip' AND rank % 10 = 0 AND rank > 0 AND v IS NOT NULL GROUP BY rater, image_id""")
     out = {}
     for rater, i, v, _ in rows: out.setdefault(rater, {})[i] = v
     return out
 
-# %% ../../nbs/labels/00_store.ipynb #5b668993
+# %% ../../nbs/labels/00_store.ipynb #db16ddd5
 @patch
 def kappa(self:LabelStore,
     finding: str,  # its short name
@@ -596,7 +600,7 @@ def kappa(self:LabelStore,
 def disagreements(self:LabelStore) -> pl.DataFrame:  # image_id and a column per rater: what they said, null if nothing
     "Images whose raters contradict each other on a finding and that nobody has settled yet."
     ids = self.queue('disagreements')
-    rows = self._all("SELECT image_id, rater, label FROM latest WHERE label <> 'skip' AND rank % 10 = 0 ORDER BY rater, rank")
+    rows = self._all("SELECT image_id, rater, label FROM latest WHERE label <> 'skip' AND rank % 10 = 0 AND rank > 0 ORDER BY rater, rank")
     said = {}
     for i, rater, label in rows: said.setdefault(rater, {})[i] = label_text(json.loads(label))
     said = {r: d for r, d in said.items() if any(i in d for i in ids)}

@@ -127,7 +127,7 @@ def _providers(provider):
     cuda = provider != 'cpu' and 'CUDAExecutionProvider' in have
     return (['CUDAExecutionProvider'] if cuda else []) + ['CPUExecutionProvider']
 
-# %% ../../nbs/learn/03_bundle.ipynb #1161b494
+# %% ../../nbs/learn/03_bundle.ipynb #ff82fd96
 class Bundle:
     "A trained model ready to predict; made by `Bundle.load`."
     def __init__(self, session, meta, sha, path, precision):
@@ -140,6 +140,20 @@ class Bundle:
         "`<cohort>-r<NNN>-<8 hex of model.onnx>`; the int8 twin has `-int8` behind it, because its numbers differ."
         sha, twin = self.meta.get('fp32_sha256', self.sha256), '-int8' if self.precision == 'int8' else ''
         return f"{self.meta.get('cohort', 'model')}-r{int(self.meta.get('round', 0)):03d}-{sha[:8]}{twin}"
+
+    @property
+    def choices(self):
+        "Per finding: `flag`, and where they were chosen `clear` and `size` (see `metrics.thresholds`)."
+        chosen = self.meta.get('choices') or {}
+        return {n: (chosen.get(n) or {}) | dict(flag=float(t)) for n, t in zip(self.names, self.meta['thresholds'])}
+
+    @property
+    def reference(self):
+        "What scores and pixels looked like in training (see `metrics.shift`), from `bundle.json`; None for a lone .onnx file."
+        js = (self.path if self.path.is_dir() else self.path.parent)/'bundle.json'
+        try: info = json.loads(js.read_text(encoding='utf-8'))
+        except (OSError, ValueError): return None
+        return info.get('reference') if info.get('id') == self.id.removesuffix('-int8') else None
 
     @property
     def provider(self): return self.session.get_providers()[0]

@@ -11,7 +11,7 @@ import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/00_data.ipynb #0be4be1a
+# %% ../../nbs/learn/00_data.ipynb #4aa49843
 import warnings
 
 import cv2
@@ -22,6 +22,7 @@ from fasttransform import Transform
 from torch import nn
 from torch.nn import functional as F
 
+from ..cohort.splits import check_split
 from ..core.settings import MammoError
 from ..dicom.display import model_input
 
@@ -125,9 +126,9 @@ class PlainView(Transform):
     def __init__(self, size): self.size = size
     def encodes(self, x: TensorImageBW): return TensorImageBW(torch.from_numpy(model_input(x[0].numpy(), self.size))[None])
 
-# %% ../../nbs/learn/00_data.ipynb #1a93257d
+# %% ../../nbs/learn/00_data.ipynb #8416b452
 def make_dls(
-    frame: pl.DataFrame,  # from `labelled_frame`
+    frame: pl.DataFrame,  # training and validation rows of `labelled_frame`
     thumbs,  # anything with `get(image_id) -> uint8 [H, W]`
     settings,  # the study: image.model_size, train.batch_size, study.seed
     mean: float = 0.,  # normalisation after division by 255
@@ -135,8 +136,8 @@ def make_dls(
     seed: int | None = None,  # of shuffling and augmentation; default: the study's
     device=None,  # torch device; default: a GPU where there is one
 ):  # fastai DataLoaders: train and valid, items are image ids
-    "Training and validation batches. Hold-out rows never enter. Raises `MammoError` without labelled training images."
-    rows = frame.filter(pl.col('split').is_in(['train', 'valid']))
+    "Training and validation batches. Raises `MammoError` without labelled training images, and when a hold-out row is among them."
+    rows = check_split(frame)
     if not (rows['split'] == 'train').any(): raise MammoError("No labelled training images; label some first (2_label).")
     ids, split = rows['image_id'].to_list(), rows['split'].to_list()
     y = dict(zip(ids, rows.select(settings.columns).to_numpy().astype(np.float32)))
@@ -181,13 +182,13 @@ class ExclusiveLoss(nn.Module):
     def activation(self, z): return torch.softmax(z, 1)[:, 1:]
     def decodes(self, z): return z > .5
 
-# %% ../../nbs/learn/00_data.ipynb #366055d7
+# %% ../../nbs/learn/00_data.ipynb #00636285
 def make_loss(
-    frame: pl.DataFrame,  # from `labelled_frame`; training rows set the weights
+    frame: pl.DataFrame,  # training and validation rows; the training rows set the weights
     settings,  # the study: findings and study.head
 ):  # FindingsLoss or ExclusiveLoss
     "The loss for the study's head, a rare finding weighing more (square root of the ratio, at most 4)."
-    y = frame.filter(pl.col('split') == 'train').select(settings.columns).to_numpy()
+    y = check_split(frame).filter(pl.col('split') == 'train').select(settings.columns).to_numpy()
     known, pos = (~np.isnan(y)).sum(0), np.nansum(y, 0)
     w = np.clip(np.sqrt((known-pos+1)/(pos+1)), 1, 4)
     return ExclusiveLoss(np.r_[1., w]) if settings.study.head == 'softmax' else FindingsLoss(w)

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'IMAGENET', 'Detail', 'make_model', 'find_weights', 'MemoryLRFinder', 'find_lr', 'CpuBf16', 'fast_bf16',
-           'make_learner', 'n_epochs', 'fit', 'logits_of', 'temperature_of', 'history', 'plot_learning_curve',
-           'plot_confusion', 'model_card', 'train_round']
+           'make_learner', 'n_epochs', 'fit', 'logits_of', 'probs_of', 'history', 'plot_learning_curve',
+           'plot_confusion', 'model_card', 'seen_rows', 'sampling_of', 'train_round', 'calibration_rows']
 
 # %% ../../nbs/learn/01_rounds.ipynb #6f281d76
 import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/01_rounds.ipynb #c6d0ab94
+# %% ../../nbs/learn/01_rounds.ipynb #e658d319
+import contextlib
 import copy
 import hashlib
 import json
@@ -29,19 +30,25 @@ import numpy as np
 import polars as pl
 import torch
 import torchvision
-from scipy.optimize import minimize_scalar
+from scipy.special import expit, softmax
 from torch import nn
 from torch.nn import functional as F
 
 from ..cohort.manifest import read_manifest
+from ..cohort.splits import check_split
 from ..cohort.thumbs import Sheet, Thumbnails
 from ..core.engine import Progress, atomic_path, write_parquet
 from ..core.settings import MammoError
 from ..labels.store import LabelStore
 from .acquire import pool_frame
+from .background import round_lock
 from .bundle import Bundle, bundle_meta, export_bundle, load_weights_safely, write_bundle_json
 from .data import input_batch, labelled_frame, make_dls, make_loss, n_outputs
-from ..metrics.scores import score_report
+from .resume import Keep, Work, plan_key
+from .tracking import log_round
+from ..metrics.scores import plot_calibration, score_report
+from ..metrics.shift import intensity_features, shift_reference
+from ..metrics.thresholds import choose_thresholds, temperature_of
 
 # %% ../../nbs/learn/01_rounds.ipynb #f1a27090
 with warnings.catch_warnings():
@@ -263,7 +270,7 @@ def find_lr(
     plot = dict(lr=[float(f'{x:.4g}') for x in lrs], loss=[float(f'{x:.4g}') for x in losses], suggested=lr)
     return (lr if lr and default/30 <= lr <= default*5 else default), plot
 
-# %% ../../nbs/learn/01_rounds.ipynb #4378f551
+# %% ../../nbs/learn/01_rounds.ipynb #a7f35d28
 class CpuBf16(Callback):
     "bfloat16 autocast on the CPU."
     order = 10
@@ -281,13 +288,14 @@ def fast_bf16() -> bool:
 class _Watch(Callback):
     "channels_last, no validation on the way (it costs as much as training), progress per batch"
     order = -1
-    def __init__(self, progress=None): self.progress, self.losses = progress, []
+    def __init__(self, progress=None, losses=(), note=None): self.progress, self.losses, self.note = progress, list(losses), note
     def before_fit(self): self.learn.model.to(memory_format=torch.channels_last)
     def before_batch(self): self.learn.xb = tuple(x.contiguous(memory_format=torch.channels_last) for x in self.xb)
     def before_validate(self): raise CancelValidException()
     def after_batch(self):
         self.losses.append(float(self.loss.detach()))
         if self.progress: self.progress.update(1)
+        if self.note: self.note(False, state='training', batch=len(self.losses))
 
 # %% ../../nbs/learn/01_rounds.ipynb #1e279405
 def make_learner(
@@ -317,7 +325,7 @@ def _exact_norm(learn, batches=16):
     for m, o in zip(bns, old): m.momentum = o
     learn.model.eval()
 
-# %% ../../nbs/learn/01_rounds.ipynb #339065c8
+# %% ../../nbs/learn/01_rounds.ipynb #7e80d63d
 def n_epochs(
     settings,  # train.epochs and train.min_steps
     n_batches: int,  # per epoch
@@ -331,23 +339,33 @@ def fit(
     settings,  # train.lr
     epochs: int,
     pretrained: bool,  # fine-tune: a first epoch for the head alone
+    keep: Keep | None = None,  # where to keep the training, and what to go on from
+    note=None,  # told how far it is
 ) -> dict:  # lr, epochs, steps, losses (per batch), lr_find (to plot, where it ran)
     "Trains by one-cycle; the learning rate comes from settings or from a range test."
-    out, lr, n = dict(epochs=epochs), settings.train.lr, len(learn.dls.train)
-    if lr == 'auto': lr, out['lr_find'] = find_lr(learn, 1e-3 if pretrained else 3e-3)
-    with learn.no_bar(), learn.no_logging(), Progress('Training, batches', n*(epochs+pretrained)) as bar:
-        watch = _Watch(bar)
-        with learn.added_cbs(watch):
-            if pretrained:
-                learn.freeze()
-                learn.fit_one_cycle(1, lr, pct_start=.9)
-                learn.unfreeze()
-                learn.fit_one_cycle(epochs, slice(lr/10, lr), pct_start=.25)
-            else: learn.fit_one_cycle(epochs, lr, pct_start=.25)
+    keep = keep or Keep()
+    lr, out, n, old = settings.train.lr, dict(epochs=epochs), len(learn.dls.train), keep.facts
+    if old: lr, out = old['lr'], out | old['out']
+    elif lr == 'auto': lr, out['lr_find'] = find_lr(learn, 1e-3 if pretrained else 3e-3)
+    steps = n*(epochs+pretrained)
+    if note: note(state='training', batch=len(old.get('losses', ())), batches=steps)
+    with learn.no_bar(), learn.no_logging(), Progress('Training, batches', steps) as bar:
+        watch = _Watch(bar, old.get('losses', ()), note)
+        keep.losses, keep.extra = lambda: watch.losses, dict(lr=lr, out=out)
+        bar.update(len(watch.losses))
+        with learn.added_cbs(watch): _cycles(learn, lr, epochs, pretrained, keep)
     _exact_norm(learn)
     return out | dict(lr=float(lr), steps=len(watch.losses), losses=[round(l, 4) for l in watch.losses])
 
-# %% ../../nbs/learn/01_rounds.ipynb #b4cb3862
+def _cycles(learn, lr, epochs, pretrained, keep):
+    "the one-cycle, or the two of a fine-tuning, from where `keep` stands"
+    if pretrained:
+        learn.freeze()
+        if not keep.facts: learn.fit_one_cycle(1, lr, pct_start=.9)
+        learn.unfreeze()
+    learn.fit_one_cycle(epochs, slice(lr/10, lr) if pretrained else lr, pct_start=.25, start_epoch=keep.epoch0, cbs=keep)
+
+# %% ../../nbs/learn/01_rounds.ipynb #23a09911
 def logits_of(
     model,  # (body, head)
     images: np.ndarray,  # uint8 [N, S, S]
@@ -363,21 +381,14 @@ def logits_of(
             out.append(model(((x-mean)/std).contiguous(memory_format=torch.channels_last)).float().cpu().numpy())
     return np.concatenate(out)
 
-def temperature_of(
-    z: np.ndarray,  # validation logits [N, outputs]
-    y: np.ndarray,  # labels [N, F], NaN where unknown
+def probs_of(
+    z: np.ndarray,  # logits [N, outputs]
+    temperature: float,
     head: str = 'sigmoid',  # or 'softmax'
-    least: int = 20,  # answers needed
-) -> float:  # 0.25 to 8
-    "The temperature with the smallest validation loss."
-    known = ~np.isnan(y)
-    if known.sum() < least or len(np.unique(y[known])) < 2: return 1.
-    zt, yt, one = torch.from_numpy(z).double(), torch.from_numpy(y).double(), head == 'softmax'
-    def nll(logt):
-        s = zt/math.exp(logt)
-        p = torch.softmax(s, 1)[:, 1:] if one else torch.sigmoid(s)
-        return F.binary_cross_entropy(p[known].clamp(1e-7, 1-1e-7), yt[known]).item()
-    return float(math.exp(minimize_scalar(nll, bounds=(math.log(.25), math.log(8)), method='bounded').x))
+) -> np.ndarray:  # probabilities [N, F], as the exported model gives them
+    "Calibrated probabilities from logits."
+    z = np.asarray(z, float)/temperature
+    return softmax(z, axis=1)[:, 1:] if head == 'softmax' else expit(z)
 
 # %% ../../nbs/learn/01_rounds.ipynb #15e8d311
 def history(
@@ -486,7 +497,7 @@ def _probs(bundle, thumbs, frame, names):
     p = np.concatenate(parts) if parts else np.zeros((0, len(names)), np.float32)
     return frame.with_columns(pl.Series(f'prob_{n}', p[:, k], dtype=pl.Float32) for k, n in enumerate(names))
 
-# %% ../../nbs/learn/01_rounds.ipynb #cba9fefa
+# %% ../../nbs/learn/01_rounds.ipynb #430250fe
 def _next_number(rounds): return 1+max([int(p.name) for p in rounds.glob('[0-9]*') if p.name.isdigit()], default=0)
 
 def _sweep(rounds, hours=24):
@@ -494,20 +505,56 @@ def _sweep(rounds, hours=24):
     for p in rounds.glob('.*.tmp'):
         if time.time() - p.stat().st_mtime > 3600*hours: shutil.rmtree(p, ignore_errors=True)
 
-def _train(frame, thumbs, settings, epochs, seed):
+def _train(frame, thumbs, settings, epochs, seed, keep=None, note=None):
     "`(model on the CPU, mean, std, facts)`"
     t = settings.train
-    weights, note = find_weights(t.arch, t.pretrained)
+    weights, note_w = find_weights(t.arch, t.pretrained)
     mean, std = IMAGENET if weights else (MEAN, STD)
     set_seed(seed, reproducible=True)
     model = make_model(t.arch, n_outputs(settings), settings.image.model_size, t.shrink, weights)
     dls = make_dls(frame, thumbs, settings, mean, std, seed)
     learn = make_learner(dls, model, make_loss(frame, settings))
     set_seed(seed, reproducible=True)
-    facts = fit(learn, settings, n_epochs(settings, len(dls.train), epochs), weights is not None)
-    return learn.model.cpu().eval(), mean, std, facts | dict(weights=note, scratch=weights is None)
+    facts = fit(learn, settings, n_epochs(settings, len(dls.train), epochs), weights is not None, keep, note)
+    return learn.model.cpu().eval(), mean, std, facts | dict(weights=note_w, scratch=weights is None)
 
-# %% ../../nbs/learn/01_rounds.ipynb #a08a3865
+# %% ../../nbs/learn/01_rounds.ipynb #dee8719a
+def seen_rows(
+    frame: pl.DataFrame,  # from `labelled_frame`
+    manifest: pl.DataFrame,  # of the same cohort
+) -> pl.DataFrame:  # training and validation rows
+    "What a round may learn from. Raises `MammoError` when a hold-out row is among it under another name."
+    seen = check_split(frame.filter(pl.col('split') != 'hold_out'))
+    frozen = manifest.select('image_id', frozen='split').unique('image_id', keep='first')
+    seen = seen.join(frozen, on='image_id', how='left', maintain_order='left')
+    check_split(seen.select('image_id', split='frozen'))
+    held = manifest.filter(pl.col('split') == 'hold_out').select('patient_id').drop_nulls().unique() if 'patient_id' in manifest.columns else None
+    n = seen.join(held, on='patient_id', how='semi').height if held is not None and 'patient_id' in seen.columns else 0
+    if n: raise MammoError(f"training was handed {n} images of hold-out patients; no result was written. Make the manifest again.")
+    return seen.drop('frozen')
+
+# %% ../../nbs/learn/01_rounds.ipynb #ed7d7695
+def sampling_of(
+    store: LabelStore,
+    frame: pl.DataFrame,  # from `labelled_frame`
+    manifest: pl.DataFrame,  # of the same cohort
+) -> dict:  # {split: 'all' | 'random' | 'chosen' | 'mixed' | 'none'}
+    "How the labelled images of each split were come by: the hold-out's are unbiased when it says all or random."
+    first = {}
+    for i, q in store._all("SELECT image_id, queue FROM events WHERE label NOT IN ('skip', 'undo') ORDER BY time, client, seq"): first.setdefault(i, q or '')
+    good = manifest.filter(pl.col('status') == 'ok').unique('image_id')
+    def how(split):
+        ids, total = frame.filter(pl.col('split') == split)['image_id'].to_list(), (good['split'] == split).sum()
+        fair = [first.get(i, '') == split or split == 'valid' and first.get(i, '').startswith('round') for i in ids]
+        return 'none' if not ids else 'all' if len(ids) == total else 'random' if all(fair) else 'mixed' if any(fair) else 'chosen'
+    return {s: how(s) for s in ('train', 'valid', 'hold_out')}
+
+def _biased(how):
+    "a warning where the hold-out is no random sample"
+    if how['hold_out'] not in ('mixed', 'chosen'): return []
+    return ['Not all hold-out labels were asked for by the random queue (import, review or another queue), so the hold-out scores may be biased; label the queue hold_out to its end.']
+
+# %% ../../nbs/learn/01_rounds.ipynb #7ace59cd
 def train_round(
     cohort_dir: str | Path,  # outputs/<cohort>
     settings,  # the study
@@ -515,39 +562,66 @@ def train_round(
     seed: int | None = None,  # default: the study's
     int8: bool = True,  # also write the int8 model
     tell=print,  # called with sentences worth knowing
+    fresh: bool = False,  # drop an interrupted round instead of going on with it
+    note=None,  # from `round_lock`, where the caller holds it already
 ) -> Path:  # the bundle's folder, rounds/NNN
     """Trains on the labels there are and writes a bundle, whole or not at all.
 
-    The same labels and settings give the same probabilities on one machine. Hold-out images are scored at the end and touch nothing else.
-    Raises `MammoError` without a cohort or labels, for unknown networks and full disks."""
-    d, seed, began = Path(cohort_dir), settings.study.seed if seed is None else seed, time.monotonic()
+    The same labels and settings give the same probabilities on one machine, also when the round was killed and started again. Hold-out images are scored at the end and touch nothing else.
+    Raises `MammoError` without a cohort or labels, for unknown networks, full disks, leaks, and while another round is running."""
+    d, seed = Path(cohort_dir), settings.study.seed if seed is None else seed
     manifest = read_manifest(d)
     if not (d/'labels.sqlite').exists(): raise MammoError(_no_labels(d.name))
     with LabelStore(d/'labels.sqlite', settings) as store:
         frame, snapshot, skipped = labelled_frame(manifest, store.labels(), settings), store.snapshot_hash(), store.queue('skipped')
-    warn, thumbs = _check_labels(frame, settings, d), Thumbnails(d/'thumbnails')
-    model, mean, std, facts = _train(frame.filter(pl.col('split') != 'hold_out'), thumbs, settings, epochs, seed)
-    facts['train_seconds'] = round(time.monotonic()-began, 1)
-    if facts['scratch'] and settings.train.pretrained != 'no': warn.insert(0, facts['weights'])
-    pool = pool_frame(manifest, frame['image_id'], skipped)
+        how = sampling_of(store, frame, manifest)
+    warn = _check_labels(frame, settings, d) + _biased(how)
     (d/'rounds').mkdir(exist_ok=True)
+    with contextlib.nullcontext(note) if note else round_lock(d) as note:
+        job = dict(dir=d, manifest=manifest, frame=frame, snapshot=snapshot, skipped=skipped, sampling=how, seed=seed, epochs=epochs, int8=int8, fresh=fresh)
+        return _round(job, settings, warn, tell, note)
+
+# %% ../../nbs/learn/01_rounds.ipynb #9241aaed
+def _round(job, settings, warn, tell, note):
+    "a round under its lock"
+    d, began = job['dir'], time.monotonic()
     _sweep(d/'rounds')
     number = _next_number(d/'rounds')
-    dst = d/'rounds'/f'{number:03d}'
+    note(state='starting', round=number)
+    key = plan_key(settings, number=number, seed=job['seed'], epochs=job['epochs'])
+    work = Work(d/'rounds')
+    frame, job['snapshot'], said = work.begin(number, key, job['frame'], job['snapshot'], settings.columns, settings, job['fresh'])
+    for s in said: tell(s)
+    seen, thumbs = seen_rows(frame, job['manifest']), Thumbnails(d/'thumbnails')
+    keep = Keep(work.folder)
+    model, mean, std, facts = _train(seen, thumbs, settings, job['epochs'], job['seed'], keep, note)
+    facts |= dict(train_seconds=round(time.monotonic()-began, 1), label_snapshot=job['snapshot'], seed=job['seed'], sampling=job['sampling'], resumed=bool(said and keep.facts))
+    if facts['scratch'] and settings.train.pretrained != 'no': warn.insert(0, facts['weights'])
+    pool = pool_frame(job['manifest'], job['frame']['image_id'], job['skipped'])
     for w in warn: tell(w)
+    note(state='writing')
+    dst = d/'rounds'/f'{number:03d}'
     with atomic_path(dst, folder=True) as tmp:
-        facts |= dict(label_snapshot=snapshot, seed=seed)
-        bundle = _write(tmp, d, number, model, mean, std, frame, pool, thumbs, settings, facts, int8, warn, began)
-    with LabelStore(d/'labels.sqlite', settings) as store:
-        store.set_predictions(pl.read_parquet(dst/'pool.parquet').select('image_id', *[f'prob_{n}' for n in settings.names]), bundle)
+        info = _write(tmp, d, number, model, mean, std, frame, seen, pool, thumbs, settings, facts, job, warn, began)
+        with LabelStore(d/'labels.sqlite', settings) as store:   # before the folder appears: a kill in between is repaired by the next start
+            store.set_predictions(pl.read_parquet(tmp/'pool.parquet').select('image_id', *[f'prob_{n}' for n in settings.names]), info['id'])
+    work.drop()
+    problem = log_round(info, dst, settings, d)
+    if problem: tell(problem)
+    note(state='done', bundle=info['id'])
     return dst
 
-# %% ../../nbs/learn/01_rounds.ipynb #61bd7064
+# %% ../../nbs/learn/01_rounds.ipynb #2a39bfeb
 def _calibrated(model, valid, thumbs, settings, mean, std):
-    "the temperature from the validation rows"
-    if not valid.height: return 1.
+    "`(temperature, thresholds with what is known about them)` from the validation rows"
+    check_split(valid, ('valid',), 'calibration')
+    probs = {f'prob_{n}': [] for n in settings.names}
+    if not valid.height: return 1., choose_thresholds(valid.with_columns(pl.lit(None, pl.Float64).alias(c) for c in probs), settings)
     z = logits_of(model, input_batch(thumbs, valid['image_id'].to_list(), settings.image.model_size), mean, std)
-    return temperature_of(z, valid.select(settings.columns).to_numpy(), settings.study.head)
+    head = settings.study.head
+    temp = temperature_of(z, valid.select(settings.columns).to_numpy(), head)
+    p = probs_of(z, temp, head)
+    return temp, choose_thresholds(valid.with_columns(pl.Series(c, p[:, k]) for k, c in enumerate(probs)), settings)
 
 def _counts(frame, settings):
     "labels per split, and the positives among them"
@@ -555,18 +629,37 @@ def _counts(frame, settings):
     pos = {k: {f.name: int(p[f.column].fill_nan(0).sum()) for f in settings.findings} for k, p in parts.items()}
     return {k: p.height for k, p in parts.items()} | dict(positives=pos)
 
+# %% ../../nbs/learn/01_rounds.ipynb #324aadd6
+def _reference(manifest, pool, bundle, thumbs, most=1500, least=200):
+    "scores and pixels of images that were not trained on, for `metrics.shift`"
+    cols = [c for c in ('image_id', 'patient_id', 'site', 'split') if c in manifest.columns]
+    rows = manifest.filter((pl.col('status') == 'ok') & (pl.col('split') == 'valid')).unique('image_id').sort('image_id')
+    lack = set(thumbs.missing(rows['image_id'].to_list()))
+    rows = rows.filter(~pl.col('image_id').is_in(list(lack))).select(cols).sample(fraction=1., shuffle=True, seed=0).head(most)
+    if rows.height < least: rows = pl.concat([rows, pool.select(cols).sample(fraction=1., shuffle=True, seed=0).head(least-rows.height)])
+    rows, ids, parts = check_split(rows, what='The shift reference'), rows['image_id'].to_list(), []
+    for i in range(0, len(ids), 256):
+        x = input_batch(thumbs, ids[i:i+256], bundle.size)
+        parts.append(pl.DataFrame(intensity_features(x) | {f'prob_{n}': p for n, p in zip(bundle.names, bundle.predict(x).T)}))
+    return shift_reference(pl.concat([rows, pl.concat(parts)], how='horizontal')) if parts else {}
+
+# %% ../../nbs/learn/01_rounds.ipynb #9146ce93
 _pool_columns = ('image_id', 'study_id', 'patient_id', 'laterality', 'view', 'split', 'status', 'skipped')
 
-# %% ../../nbs/learn/01_rounds.ipynb #dae51bd1
-def _write(tmp, cohort_dir, number, model, mean, std, frame, pool, thumbs, settings, facts, int8, warn, began):
-    "everything of a round into the folder `tmp`; gives the bundle's id"
-    s, names, seen = settings, settings.names, frame.filter(pl.col('split') != 'hold_out')
-    temp = _calibrated(model, seen.filter(pl.col('split') == 'valid'), thumbs, s, mean, std)
-    meta = bundle_meta(s, cohort_dir.name, number, temperature=temp, mean=mean, std=std, label_snapshot=facts['label_snapshot'],
-                       arch=s.train.arch, shrink=s.train.shrink, seed=facts['seed'])
+def _export(tmp, cohort_dir, number, model, mean, std, seen, thumbs, s, facts, int8):
+    "calibration, thresholds and the model files; gives `(meta, agreement)`"
+    temp, choices = _calibrated(model, seen.filter(pl.col('split') == 'valid'), thumbs, s, mean, std)
+    meta = bundle_meta(s, cohort_dir.name, number, thresholds=[choices[n]['flag'] for n in s.names], temperature=temp, mean=mean, std=std, choices=choices,
+                       label_snapshot=facts['label_snapshot'], arch=s.train.arch, shrink=s.train.shrink, seed=facts['seed'])
     order = np.random.default_rng(facts['seed']).permutation(seen.height)[:64]
-    sample = input_batch(thumbs, [seen['image_id'][int(i)] for i in order], s.image.model_size)
-    agree = export_bundle(model, tmp, meta, sample, int8)
+    ids = check_split(seen[order.tolist()], what='The export')['image_id'].to_list()
+    return meta, export_bundle(model, tmp, meta, input_batch(thumbs, ids, s.image.model_size), int8)
+
+# %% ../../nbs/learn/01_rounds.ipynb #63d3b3d8
+def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs, settings, facts, job, warn, began):
+    "everything of a round into the folder `tmp`; gives what `bundle.json` holds"
+    s, names = settings, settings.names
+    meta, agree = _export(tmp, cohort_dir, number, model, mean, std, seen, thumbs, s, facts, job['int8'])
     bundle = Bundle.load(tmp, provider='cpu')
     labelled, pool = _probs(bundle, thumbs, frame, names), _probs(bundle, thumbs, pool, names)
     write_parquet(labelled, tmp/'labelled.parquet', s, bundle=bundle.id)
@@ -574,15 +667,23 @@ def _write(tmp, cohort_dir, number, model, mean, std, frame, pool, thumbs, setti
     write_parquet(pool.select(keep), tmp/'pool.parquet', s, bundle=bundle.id)
     held = labelled.filter(pl.col('split') == 'hold_out')
     scores = score_report(held, names, s.columns, meta['thresholds'], seed=s.study.seed) if held.height else None
-    if not scores: warn.append('No hold-out image is labelled, so nothing is known about the accuracy; label the queue hold_out.')
-    info = meta | dict(id=bundle.id, labels=_counts(frame, s), pool=pool.height, scores=scores, agreement=agree, warnings=warn)
+    if scores: scores['sampling'] = facts['sampling']['hold_out']
+    else: warn.append('No hold-out image is labelled, so nothing is known about the accuracy; label the queue hold_out.')
+    info = meta | dict(id=bundle.id, labels=_counts(frame, s), pool=pool.height, scores=scores, agreement=agree, warnings=warn,
+                       reference=_reference(job['manifest'], pool, bundle, thumbs))
     info |= {k: v for k, v in facts.items() if k not in meta}
-    _figures(tmp, cohort_dir, info)
+    _figures(tmp, cohort_dir, info, labelled)
     (tmp/'MODEL_CARD.md').write_text(model_card(info), encoding='utf-8')
-    write_bundle_json(tmp, info | dict(seconds=round(time.monotonic()-began, 1)))
-    return bundle.id
+    return write_bundle_json(tmp, info | dict(seconds=round(time.monotonic()-began, 1)))
 
-def _figures(tmp, cohort_dir, info):
+def _figures(tmp, cohort_dir, info, labelled):
     (tmp/'figures').mkdir()
     plot_learning_curve(history(cohort_dir)+[info]).savefig(tmp/'figures'/'learning_curve.png', dpi=90)
     if info['scores']: plot_confusion(info['scores']['image'], info['titles']).savefig(tmp/'figures'/'confusion.png', dpi=90)
+    rows = calibration_rows(labelled)
+    if rows.height: plot_calibration(rows, info['findings'], info['columns'], info['titles']).savefig(tmp/'figures'/'calibration.png', dpi=90)
+
+def calibration_rows(labelled):
+    "the rows that show how honest the probabilities are: the hold-out, else the validation rows that set the temperature"
+    held = labelled.filter(pl.col('split') == 'hold_out')
+    return held if held.height else labelled.filter(pl.col('split') == 'valid')

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['binary_scores', 'all_scores', 'to_studies', 'patient_weights', 'weighted_auc', 'weighted_scores', 'exact_interval',
-           'bootstrap_ci', 'score_report', 'score_table']
+           'bootstrap_ci', 'calibration_curve_of', 'plot_calibration', 'score_report', 'score_table']
 
-# %% ../../nbs/metrics/00_scores.ipynb #71221da9
+# %% ../../nbs/metrics/00_scores.ipynb #d6dad3f0
 import warnings
 
 import numpy as np
 import polars as pl
 from scipy.stats import beta
 from sklearn.metrics import brier_score_loss, confusion_matrix, roc_auc_score
+
+from ..cohort.thumbs import Sheet
 
 # %% ../../nbs/metrics/00_scores.ipynb #31528927
 def _ratio(a, b): return float(a)/float(b) if b else float('nan')
@@ -151,6 +153,48 @@ def bootstrap_ci(
         boot = np.concatenate([q[k] for q in parts]) if parts else np.zeros(0)
         out[k] = (x, *_interval(boot, x, rests.get(k, base), level))
     return out
+
+# %% ../../nbs/metrics/00_scores.ipynb #92e2c6ad
+def _bin_of(p, bins): return np.minimum((np.asarray(p, float)*bins).astype(int), bins-1)
+
+def calibration_curve_of(
+    y,  # labels [N]: 0, 1, NaN
+    p,  # probabilities [N]
+    bins: int = 10,  # of equal width
+) -> pl.DataFrame:  # a row per bin that holds anything: n, predicted (mean probability), observed (share of positives), low, high
+    "Mean probability against the share of positives, with exact binomial intervals (images taken as independent)."
+    y, p = np.asarray(y, float), np.asarray(p, float)
+    y, p = y[~np.isnan(y)], p[~np.isnan(y)]
+    b, rows = _bin_of(p, bins), []
+    for k in np.unique(b):
+        yk = y[b == k]
+        lo, hi = exact_interval(yk.sum(), len(yk))
+        rows.append(dict(n=len(yk), predicted=float(p[b == k].mean()), observed=float(yk.mean()), low=lo, high=hi))
+    return pl.DataFrame(rows, schema=dict(n=pl.Int64, predicted=pl.Float64, observed=pl.Float64, low=pl.Float64, high=pl.Float64))
+
+def plot_calibration(
+    df: pl.DataFrame,  # labelled image rows with prob_<name> columns
+    names,  # the findings' short names
+    columns,  # their label columns
+    titles=None,  # what to call them
+    bins: int = 10,  # of equal width
+) -> Sheet:
+    "A calibration curve per finding; below it how many images got which probability."
+    fig = Sheet(figsize=(2.9*len(names), 3.2), layout='constrained')
+    axs = fig.subplots(2, len(names), squeeze=False, sharex=True, height_ratios=(4, 1))
+    for k, (name, c, title) in enumerate(zip(names, columns, titles or names)):
+        y, p = (df[v].cast(pl.Float64).fill_null(float('nan')).to_numpy() for v in (c, f'prob_{name}'))
+        y, p = y[~np.isnan(p)], p[~np.isnan(p)]
+        cc = calibration_curve_of(y, p, bins)
+        ax, below = axs[:, k]
+        ax.plot([0, 1], [0, 1], lw=1, color='.7')
+        o = cc['observed'].to_numpy()
+        ax.errorbar(cc['predicted'], o, [o-cc['low'].to_numpy(), cc['high'].to_numpy()-o], marker='o', ms=4, lw=1, capsize=2, color='C0')
+        ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02)); ax.set_title(title, fontsize=9)
+        for v, color, label in ((0, '.6', 'no'), (1, 'C1', 'yes')): below.hist(p[y == v], np.linspace(0, 1, 21), histtype='step', color=color, label=label)
+        below.set(xlabel='probability'); below.set_yscale('symlog', linthresh=1); below.tick_params(labelsize=7)
+        if not k: ax.set_ylabel('share of positives'); below.legend(fontsize=7, frameon=False, ncols=2); below.set_ylabel('images', fontsize=8)
+    return fig
 
 # %% ../../nbs/metrics/00_scores.ipynb #7e9a171a
 def _together(names, columns, thresholds):
