@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pytest
 
 from mammo_nb.cohort.thumbs import Thumbnails
 from mammo_nb.core.engine import write_parquet
@@ -317,3 +318,60 @@ def events(folder, rater='anna'):
 
 
 def kernel_pid(folder): return int((Path(folder)/'pid').read_text())
+
+
+# ---- fixtures, for the tests that import them
+
+@pytest.fixture(scope='module')
+def server(tmp_path_factory):
+    s = Server(tmp_path_factory.mktemp('lab'))
+    yield s
+    s.stop()
+
+
+VIEW = dict(viewport=dict(width=1280, height=860))
+
+
+@pytest.fixture(scope='module')
+def browser():
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as p:
+        b = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
+        yield b
+        b.close()
+
+
+@pytest.fixture(scope='module')
+def common(browser): return browser.new_context(**VIEW)   # JupyterLab's scripts are fetched once
+
+
+class Lab:
+    "Notebooks in pages, closed with their kernels when the test is over"
+    def __init__(self, server, common, folder): self.server, self.common, self.folder, self.own = server, common, folder, []
+
+    def context(self, **kw):
+        "A browser of its own"
+        self.own.append(self.common.browser.new_context(**VIEW | kw))
+        return self.own[-1]
+
+    def cohort(self, name='demo_a', **kw): return make_cohort(self.folder/name, **kw)
+
+    def open(self, name, *cells, context=None):
+        "A new notebook, its first cell run, the labeler ready and focused"
+        self.server.notebook(name, *cells)
+        p = Page((context or self.common).new_page()).open(self.server.url(name)).run(0)
+        return p.state('ready', 'readonly', 'done').focus()
+
+    def close(self):
+        for p in [p for c in (self.common, *self.own) for p in c.pages]:
+            try: p.evaluate('() => window.jupyterapp?.serviceManager.sessions.shutdownAll()')
+            except Exception: pass   # a page that was left half-way
+            p.close()
+        for c in self.own: c.close()
+
+
+@pytest.fixture
+def lab(server, common, tmp_path):
+    l = Lab(server, common, tmp_path)
+    yield l
+    l.close()

@@ -13,69 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from labeler_page import (ARGS, CHROMIUM, KERNEL_IDLE, KEYS, ROOT, Bare, Page, Server, events, image_id, kernel_pid, labeler_cell, make_cohort, marked_image,
-                          missing, wait_for)
+from labeler_page import (KERNEL_IDLE, KEYS, ROOT, Bare, Page, browser, common, events, image_id, kernel_pid, lab, labeler_cell, marked_image, missing, server,  # noqa: F401
+                          wait_for)
 from mammo_nb.core.settings import load_settings
 from mammo_nb.labels.store import LabelStore
 
 if missing() and os.environ.get('CI'): pytest.fail(f'CI is set, but {missing()}', pytrace=False)
 pytestmark = pytest.mark.skipif(bool(missing()), reason=missing() or 'runs')
 KILLS = int(os.environ.get('MAMMO_KILLS', 10))
-
-
-@pytest.fixture(scope='module')
-def server(tmp_path_factory):
-    s = Server(tmp_path_factory.mktemp('lab'))
-    yield s
-    s.stop()
-
-
-VIEW = dict(viewport=dict(width=1280, height=860))
-
-
-@pytest.fixture(scope='module')
-def browser():
-    from playwright.sync_api import sync_playwright
-    with sync_playwright() as p:
-        b = p.chromium.launch(executable_path=CHROMIUM, args=ARGS)
-        yield b
-        b.close()
-
-
-@pytest.fixture(scope='module')
-def common(browser): return browser.new_context(**VIEW)   # JupyterLab's scripts are fetched once
-
-
-class Lab:
-    "Notebooks in pages, closed with their kernels when the test is over"
-    def __init__(self, server, common, folder): self.server, self.common, self.folder, self.own = server, common, folder, []
-
-    def context(self, **kw):
-        "A browser of its own"
-        self.own.append(self.common.browser.new_context(**VIEW | kw))
-        return self.own[-1]
-
-    def cohort(self, name='demo_a', **kw): return make_cohort(self.folder/name, **kw)
-
-    def open(self, name, *cells, context=None):
-        "A new notebook, its first cell run, the labeler ready and focused"
-        self.server.notebook(name, *cells)
-        p = Page((context or self.common).new_page()).open(self.server.url(name)).run(0)
-        return p.state('ready', 'readonly', 'done').focus()
-
-    def close(self):
-        for p in [p for c in (self.common, *self.own) for p in c.pages]:
-            try: p.evaluate('() => window.jupyterapp?.serviceManager.sessions.shutdownAll()')
-            except Exception: pass   # a page that was left half-way
-            p.close()
-        for c in self.own: c.close()
-
-
-@pytest.fixture
-def lab(server, common, tmp_path):
-    l = Lab(server, common, tmp_path)
-    yield l
-    l.close()
 
 
 def should_be(taken):

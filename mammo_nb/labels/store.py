@@ -349,7 +349,7 @@ def label(self:LabelStore,
         self.add(e)
     return e
 
-# %% ../../nbs/labels/00_store.ipynb #c2c09509
+# %% ../../nbs/labels/00_store.ipynb #dc31791d
 @patch
 def history(self:LabelStore,
     rater: str,
@@ -377,6 +377,13 @@ def opinions(self:LabelStore,
         (PARTITION BY image_id ORDER BY CASE WHEN ?3 AND rank = 0 THEN 30 ELSE rank END DESC, time DESC) AS best
         FROM latest WHERE rater = ?1 AND (rank % 10 > 0) = ?2) WHERE best = 1""", rater, queue == 'disagreements', queue == 'review')
     return {i: marked(l if l == 'skip' else json.loads(l)) for i, l in rows}
+
+@patch
+def raters(self:LabelStore,
+    queue: str | None = None,  # only those who did something in this queue
+) -> list[str]:
+    "Who has said anything that stands, by name."
+    return [r for r, in self._all('SELECT DISTINCT rater FROM live WHERE ?1 IS NULL OR queue = ?1 ORDER BY rater', queue)]
 
 # %% ../../nbs/labels/00_store.ipynb #fc317347
 @patch

@@ -629,9 +629,11 @@ def _counts(frame, settings):
     pos = {k: {f.name: int(p[f.column].fill_nan(0).sum()) for f in settings.findings} for k, p in parts.items()}
     return {k: p.height for k, p in parts.items()} | dict(positives=pos)
 
-# %% ../../nbs/learn/01_rounds.ipynb #324aadd6
-def _reference(manifest, pool, bundle, thumbs, most=1500, least=200):
+# %% ../../nbs/learn/01_rounds.ipynb #a385a63a
+def _reference(manifest, labelled, pool, bundle, thumbs, most=1000, least=200):
     "scores and pixels of images that were not trained on, for `metrics.shift`"
+    names = [f'prob_{n}' for n in bundle.names]
+    known = {i: p for i, *p in pl.concat([d.select('image_id', *names) for d in (labelled, pool)]).iter_rows()}
     cols = [c for c in ('image_id', 'patient_id', 'site', 'split') if c in manifest.columns]
     rows = manifest.filter((pl.col('status') == 'ok') & (pl.col('split') == 'valid')).unique('image_id').sort('image_id')
     lack = set(thumbs.missing(rows['image_id'].to_list()))
@@ -639,8 +641,10 @@ def _reference(manifest, pool, bundle, thumbs, most=1500, least=200):
     if rows.height < least: rows = pl.concat([rows, pool.select(cols).sample(fraction=1., shuffle=True, seed=0).head(least-rows.height)])
     rows, ids, parts = check_split(rows, what='The shift reference'), rows['image_id'].to_list(), []
     for i in range(0, len(ids), 256):
-        x = input_batch(thumbs, ids[i:i+256], bundle.size)
-        parts.append(pl.DataFrame(intensity_features(x) | {f'prob_{n}': p for n, p in zip(bundle.names, bundle.predict(x).T)}))
+        some = ids[i:i+256]
+        x, new = input_batch(thumbs, some, bundle.size), [k for k, j in enumerate(some) if j not in known]
+        known |= {some[k]: p for k, p in zip(new, bundle.predict(x[new]).tolist())}
+        parts.append(pl.DataFrame(intensity_features(x) | {n: [known[j][k] for j in some] for k, n in enumerate(names)}))
     return shift_reference(pl.concat([rows, pl.concat(parts)], how='horizontal')) if parts else {}
 
 # %% ../../nbs/learn/01_rounds.ipynb #9146ce93
@@ -655,7 +659,7 @@ def _export(tmp, cohort_dir, number, model, mean, std, seen, thumbs, s, facts, i
     ids = check_split(seen[order.tolist()], what='The export')['image_id'].to_list()
     return meta, export_bundle(model, tmp, meta, input_batch(thumbs, ids, s.image.model_size), int8)
 
-# %% ../../nbs/learn/01_rounds.ipynb #63d3b3d8
+# %% ../../nbs/learn/01_rounds.ipynb #a2a387ae
 def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs, settings, facts, job, warn, began):
     "everything of a round into the folder `tmp`; gives what `bundle.json` holds"
     s, names = settings, settings.names
@@ -670,7 +674,7 @@ def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs,
     if scores: scores['sampling'] = facts['sampling']['hold_out']
     else: warn.append('No hold-out image is labelled, so nothing is known about the accuracy; label the queue hold_out.')
     info = meta | dict(id=bundle.id, labels=_counts(frame, s), pool=pool.height, scores=scores, agreement=agree, warnings=warn,
-                       reference=_reference(job['manifest'], pool, bundle, thumbs))
+                       reference=_reference(job['manifest'], labelled, pool, bundle, thumbs))
     info |= {k: v for k, v in facts.items() if k not in meta}
     _figures(tmp, cohort_dir, info, labelled)
     (tmp/'MODEL_CARD.md').write_text(model_card(info), encoding='utf-8')
