@@ -189,17 +189,18 @@ def make_thumbnails(
         if failed and failed[-1][2] == 'disk': raise MammoError(failed[-1][1])
     return pl.DataFrame(sorted(failed), schema=_FAILED, orient='row')
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #aa9837ab
+# %% ../../nbs/cohort/03_thumbs.ipynb #26a4e2fc
 @functools.cache
 def _sheet():
     "The figure's class; matplotlib is imported on first use, because workers import this module and never draw"
     from matplotlib.figure import Figure
     class Sheet(Figure):
-        "A figure that shows itself in any notebook, whatever backend is set, as a small PNG (64 tones)."
+        "A figure that shows itself in any notebook, whatever backend is set, as a small PNG (64 tones; colours over grey need more)."
+        tones = 64
         def _repr_png_(self):
             full, small = io.BytesIO(), io.BytesIO()
             self.savefig(full, format='png', dpi=100, facecolor=self.get_facecolor())
-            Image.open(full).convert('RGB').quantize(64, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
+            Image.open(full).convert('RGB').quantize(self.tones, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
             return small.getvalue()
     return Sheet
 
