@@ -680,11 +680,11 @@ def _jpeg(data, lay):
     _check_scan(data, s, a, imagecodecs.jpeg8_decode)
     return a, lay.stored, 1.
 
-# %% ../../nbs/dicom/00_read.ipynb #cc3a8b73
+# %% ../../nbs/dicom/00_read.ipynb #6fa0ec8d
 def _reduction(lay, levels, reduce_to):
-    "How often the frame may be halved so that its long edge stays at least twice `reduce_to`"
+    "How often the frame may be halved for a result with a long edge of `reduce_to`"
     r, long_edge = 0, max(lay.rows, lay.cols)
-    while reduce_to and r < levels and -(-long_edge // 2**(r + 1)) >= 2 * reduce_to: r += 1
+    while reduce_to and r < levels and -(-long_edge // 2**(r + 1)) >= (2 if r else 1.6) * reduce_to: r += 1
     return r
 
 _skipres = 'skipres' in (inspect.signature(imagecodecs.jpeg2k_decode).parameters if hasattr(imagecodecs, 'jpeg2k_decode') else ())
@@ -865,7 +865,7 @@ def _decode(s, lay, data, reduce_to):
     except (ReadError, MemoryError): raise
     except Exception: raise _damaged(ts) from None
 
-# %% ../../nbs/dicom/00_read.ipynb #bed28368
+# %% ../../nbs/dicom/00_read.ipynb #c2d49214
 _object_names = {v[0] for v in UID_dictionary.values()}
 _no_image = {'float': 'holds floating-point pixels, which no mammography device writes; convert it to integers first.'}
 
@@ -884,7 +884,7 @@ def image_layout(self: Source, max_pixels: int = 200_000_000) -> Layout:
 @patch
 def frame(self: Source,
     index: int = 0,  # which frame, from 0
-    reduce_to: int | None = None,  # JPEG 2000 may be decoded smaller, with a long edge of at least twice this many pixels
+    reduce_to: int | None = None,  # JPEG 2000 may be decoded smaller, with a long edge of at least 1.6 times this many pixels
     max_pixels: int = 200_000_000,  # most pixels a frame may claim
 ) -> Frame:
     "Decodes one frame and no other. Raises `ReadError`."
@@ -895,7 +895,7 @@ def frame(self: Source,
         return _frame(self, lay, data, index, reduce_to)
     return self._guard(read)
 
-# %% ../../nbs/dicom/00_read.ipynb #4cdae238
+# %% ../../nbs/dicom/00_read.ipynb #f7b57b8f
 def _frame(s, lay, data, index, reduce_to):
     "Decoded values as a `Frame`, its size checked against the header"
     a, bits, scale = _decode(s, lay, data, reduce_to)
@@ -910,7 +910,7 @@ def _frame(s, lay, data, index, reduce_to):
 def read_frame(
     src: str | Path | bytes | Source,  # a path, `archive.zip!/member`, content, or a Source (faster for many frames)
     frame: int = 0,  # which frame, from 0
-    reduce_to: int | None = None,  # JPEG 2000 may be decoded smaller, with a long edge of at least twice this many pixels
+    reduce_to: int | None = None,  # JPEG 2000 may be decoded smaller, with a long edge of at least 1.6 times this many pixels
     max_pixels: int = 200_000_000,  # most pixels a frame may claim
     max_inflated_bytes: int = 2_000_000_000,  # see `open_source`
 ) -> Frame:
