@@ -1,4 +1,7 @@
 """A small cohort of phantom images with thumbnails, labels and the tools' places, made in seconds without DICOM: what explanations need."""
+import atexit
+import functools
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -38,3 +41,26 @@ def phantom_cohort(folder, settings, patients=60, per=5, seed=0, prevalence=(.5,
             for r in truth.iter_rows(named=True):
                 store.label(r['image_id'], tuple(n for n, c in zip(settings.names, settings.columns) if r[c]), 'anna')
     return truth
+
+
+def trained(head='sigmoid'):
+    "`(bundle's folder, truth of all images, settings)` of a round on 180 labelled phantoms at 96 pixels; half a minute on one core, once per test run and head"
+    return _trained(head)
+
+
+@functools.cache
+def _trained(head):
+    import torch
+
+    import toy_cohort as toy
+    from mammo_nb.learn.rounds import train_round
+    s = toy.settings_with(image=dict(model_size=96, thumbnail_size=192), study=dict(head=head),
+                          train=dict(arch='resnet18', epochs=1, min_steps=150, batch_size=16, lr=3e-3, pretrained='no', shrink=2))
+    tmp = tempfile.TemporaryDirectory()
+    atexit.register(tmp.cleanup)
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        truth = phantom_cohort(Path(tmp.name)/'toy', s)
+        return train_round(Path(tmp.name)/'toy', s, int8=False, tell=lambda text: None), truth, s
+    finally: torch.set_num_threads(n)

@@ -259,7 +259,7 @@ def test_heat_on_demand_and_words_where_there_is_none(cohort):
     e.ask('heat', ids=[image_id(i) for i in range(4)], finding='biopsy')
     got = {m['id']: (m, b) for m, b in e.wait(4)}
     png = cv2.imdecode(np.frombuffer(got[image_id(0)][1][0], np.uint8), cv2.IMREAD_UNCHANGED)
-    assert png.shape == (256, 205) and (png == 200).all()                               # small: it is smooth anyway
+    assert png.shape == (384, 307) and (png == 200).all()                               # small: it is smooth anyway
     assert got[image_id(2)][0]['reason'] == 'this bundle has no map' and 'ValueError' in got[image_id(3)][0]['reason']
     e.ask('heat', ids=[image_id(0)], finding='mag')
     assert 'cannot say' in e.wait(1)[0][0]['reason']

@@ -189,18 +189,19 @@ def make_thumbnails(
         if failed and failed[-1][2] == 'disk': raise MammoError(failed[-1][1])
     return pl.DataFrame(sorted(failed), schema=_FAILED, orient='row')
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #26a4e2fc
+# %% ../../nbs/cohort/03_thumbs.ipynb #d798ca5b
 @functools.cache
 def _sheet():
     "The figure's class; matplotlib is imported on first use, because workers import this module and never draw"
     from matplotlib.figure import Figure
     class Sheet(Figure):
-        "A figure that shows itself in any notebook, whatever backend is set, as a small PNG (64 tones; colours over grey need more)."
-        tones = 64
+        "A figure that shows itself in any notebook, whatever backend is set, as a small PNG: 64 tones, or 256 that keep colours over grey."
+        coloured = False
         def _repr_png_(self):
             full, small = io.BytesIO(), io.BytesIO()
             self.savefig(full, format='png', dpi=100, facecolor=self.get_facecolor())
-            Image.open(full).convert('RGB').quantize(self.tones, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
+            tones, method = (256, Image.Quantize.FASTOCTREE) if self.coloured else (64, None)
+            Image.open(full).convert('RGB').quantize(tones, method, dither=Image.Dither.NONE).save(small, 'png', optimize=True)
             return small.getvalue()
     return Sheet
 

@@ -127,14 +127,14 @@ def peek_bytes(
     if at != start or syntax not in _explicit and syntax != _implicit: raise Unusual
     return Peek(buf, syntax, _walk(buf, start, wanted, syntax != _implicit))
 
-# %% ../../nbs/dicom/04_peek.ipynb #ee778df2
-READS = 1 << 14, 1 << 16, 1 << 19  # bytes read at first, and where that is not enough
+# %% ../../nbs/dicom/04_peek.ipynb #95cebec7
+READS = 1 << 15, 1 << 17, 1 << 19  # bytes read at first, and where that is not enough
 
 def peek(
     path: str,  # a plain file
     wanted: frozenset[int],  # tag numbers, see `tag_number`
 ) -> Peek | None:  # None: not usual, read it with `dicom.read`
-    "Looks at a file's header, reading its first 16 kB, and more where it is longer, up to half a megabyte. Never raises."
+    "Looks at a file's header, reading its first 32 kB, and more where it is longer, up to half a megabyte. Never raises."
     try: fd = os.open(path, os.O_RDONLY)
     except (OSError, ValueError): return None
     try:

@@ -111,16 +111,16 @@ class Pictures:
 
 def _png(img8): return cv2.imencode('.png', img8, [cv2.IMWRITE_PNG_COMPRESSION, 1])[1].tobytes()
 
-# %% ../../nbs/labels/03_review.ipynb #55e0e78b
+# %% ../../nbs/labels/03_review.ipynb #20ea82d1
 OUTCOMES = ('agreed', 'corrected', 'partly', 'skipped', 'unseen')
 
 def image_answers(
     predictions: pl.DataFrame,  # from stage 4: image_id, study_id, status, prob_*
     settings: Settings,  # the study
     thresholds=None,  # as `lines`
-) -> pl.DataFrame:  # readable images with prob_*, `of` (images of the study), and says_<name>: 1, 0, null where there is no probability
+) -> pl.DataFrame:  # images that have an answer with prob_*, `of` (how many the study has), and says_<name>: 1 or 0
     "What the model says of each image."
-    ok = predictions.filter(pl.col('status') == 'ok') if 'status' in predictions.columns else predictions
+    ok = predictions.filter(pl.col('status') == 'ok').drop_nulls([f'prob_{n}' for n in settings.names])
     ok = ok.with_columns(of=pl.len().over('study_id'))
     ok = ok.with_columns(lines(thresholds, settings, ok['of']))
     return ok.with_columns((pl.col(f'prob_{n}') >= pl.col(f'line_{n}')).cast(pl.Int8).alias(f'says_{n}') for n in settings.names)
@@ -135,7 +135,7 @@ def shown_images(
 ) -> pl.DataFrame:  # as `image_answers`, in the order of the files
     "The images to review: all of a study, or the most suspicious of a large one."
     rows = image_answers(predictions.filter(pl.col('study_id').is_in(list(studies))), settings, thresholds).sort('path', 'frame')
-    nth = pl.max_horizontal(f'prob_{n}' for n in settings.names).fill_null(-1).rank('ordinal', descending=True).over('study_id')
+    nth = pl.max_horizontal(f'prob_{n}' for n in settings.names).rank('ordinal', descending=True).over('study_id')
     return rows.filter(nth <= MOST)
 
 def _outcome(said, answers, names):
@@ -292,7 +292,7 @@ def _state(self:Reviewer, queue):
     return dict(queue='review', studies=self._list, images=images, mine=mine, theirs=said, history=history, explains=self.cam is not None,
                 holder=store.lease(self.rater), time=now_utc(), last=last[0].time if last else None)
 
-# %% ../../nbs/labels/03_review.ipynb #ba82daf1
+# %% ../../nbs/labels/03_review.ipynb #a2dfe065
 @patch
 def _on_images(self:Reviewer, to, m):
     have = [i for i in m['ids'][:64] if i in self._says]
@@ -322,7 +322,7 @@ def _send_heat(self:Reviewer, to, i, finding, number):
     if heat is None: return self._say(to, 'heat', id=i, finding=finding, reason=reason)
     self._say(to, 'heat', [_png(_small(heat))], id=i, finding=finding)
 
-def _small(img8, edge=256):
+def _small(img8, edge=384):
     "Shrunk to a long edge, for what is smooth anyway"
     k = min(1., edge / max(img8.shape))
     return cv2.resize(img8, None, fx=k, fy=k, interpolation=cv2.INTER_AREA) if k < 1 else img8

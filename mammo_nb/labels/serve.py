@@ -25,16 +25,21 @@ from pathlib import Path
 from ..core.run import job
 from ..core.settings import MammoError
 
-# %% ../../nbs/labels/02_serve.ipynb #d83731ec
+# %% ../../nbs/labels/02_serve.ipynb #6ad65c01
 def page_notebook(
     cohort_dir: str | Path,  # `outputs/<cohort>`
     rater: str,  # whose labels
     settings: str | Path,  # settings.ini
     queue: str | None = None,  # a queue's name; default: the newest round
+    review: bool = False,  # the reviewer instead
+    bundle: str | Path = '',  # whose answers to review; default: as in stage 5_review
 ) -> dict:  # a notebook, as JSON
-    "A notebook that shows the labeler."
+    "A notebook that shows the labeler, or the reviewer."
+    d = Path(cohort_dir)
     code = (f"from mammo_nb.core.settings import load_settings\nfrom mammo_nb.labels.widget import Labeler\n"
             f"Labeler({str(cohort_dir)!r}, load_settings({str(settings)!r}), {rater!r}, {queue!r})")
+    if review: code = (f"from mammo_nb.core.run import job\nfrom mammo_nb.review import open_review\n"
+                       f"open_review(job({d.name!r}, outputs={str(d.parent)!r}, settings={str(settings)!r}, bundle={str(bundle)!r}), {rater!r})")
     cell = dict(cell_type='code', id='labeler', metadata={}, source=code, outputs=[], execution_count=None)
     kernel = dict(name='python3', display_name='Python 3 (ipykernel)', language='python')
     return dict(cells=[cell], metadata=dict(kernelspec=kernel, title='Labeler'), nbformat=4, nbformat_minor=5)
@@ -85,7 +90,7 @@ def _wait(proc, url, log, seconds):
     lines = Path(log).read_text(errors='replace').strip().splitlines() or ['it said nothing']
     raise MammoError(f"Voila did not start: {lines[-1]}")
 
-# %% ../../nbs/labels/02_serve.ipynb #3b95d35d
+# %% ../../nbs/labels/02_serve.ipynb #6ccf27b6
 def serve_labeler(
     cohort: str,  # its name
     rater: str,  # whose labels
@@ -95,19 +100,23 @@ def serve_labeler(
     queue: str | None = None,  # a queue's name; default: the newest round
     show=print,  # is told the address
     seconds: float = 60,  # to wait for the server
+    review: bool = False,  # the reviewer instead
+    bundle: str = '',  # whose answers to review; default: as in stage 5_review
 ) -> int:  # exit code
-    "Serves the labeler until interrupted. Raises `MammoError` without Voila, without the cohort, or when the port is taken."
+    "Serves the labeler (or the reviewer) until interrupted. Raises `MammoError` without Voila, without the cohort, or when the port is taken."
     if not importlib.util.find_spec('voila'):
-        raise MammoError("The labeler's own page needs Voila; install it with: pip install 'mammo_nb[serve]', or label in stage 2_label.")
-    j = job(cohort, outputs=outputs, settings=settings)
+        raise MammoError("The labeler's own page needs Voila; install it with: pip install 'mammo_nb[serve]', or work in the stages 2_label and 5_review.")
+    j = job(cohort, outputs=outputs, settings=settings, bundle=bundle)
     if not (j.folder/'manifest.parquet').exists() and not (j.folder/'labels.sqlite').exists():
         raise MammoError(f"No cohort in {j.folder}; run mammo run preprocess -p cohort={cohort} -p dicom_dir=FOLDER first.")
+    if review and not any(j.folder.glob('predictions/*/studies.csv')):
+        raise MammoError(f"Nothing to review in {j.folder}; run mammo run infer -p cohort={cohort} first.")
     if not re.search(r'\S', rater): raise MammoError("--rater is empty; give your name, labels carry it.")
     port, token = _free_port(port), secrets.token_urlsafe(24)
     with tempfile.TemporaryDirectory() as d:
         ini = Path(settings).resolve() if settings else j.settings.root/'settings.ini'
         nb, config, log = Path(d)/'labeler.ipynb', Path(d)/'voila.json', Path(d)/'log'
-        nb.write_text(json.dumps(page_notebook(j.folder.resolve(), rater, ini, queue)))
+        nb.write_text(json.dumps(page_notebook(j.folder.resolve(), rater, ini, queue, review, j.bundle.resolve() if j.bundle else '')))
         config.touch(0o600)
         config.write_text(json.dumps(_voila_config(port, token)))
         _template(d)
@@ -116,7 +125,7 @@ def serve_labeler(
         with open(log, 'w') as out: proc = subprocess.Popen([sys.executable, '-m', 'voila', str(nb)], cwd=d, stdout=out, stderr=out, env=env)
         try:
             _wait(proc, f'http://127.0.0.1:{port}/', log, seconds)
-            show(f'Labeler for {rater}, cohort {cohort}: http://127.0.0.1:{port}/?token={token}\nCtrl-C ends it; labels are saved as they are made.')
+            show(f'{"Reviewer" if review else "Labeler"} for {rater}, cohort {cohort}: http://127.0.0.1:{port}/?token={token}\nCtrl-C ends it; labels are saved as they are made.')
             return proc.wait()
         except KeyboardInterrupt: return 0
         finally:
@@ -124,18 +133,20 @@ def serve_labeler(
             try: proc.wait(10)
             except subprocess.TimeoutExpired: proc.kill()
 
-# %% ../../nbs/labels/02_serve.ipynb #4aee92f3
+# %% ../../nbs/labels/02_serve.ipynb #30e2f73c
 def main(argv=None) -> int:
-    "`python -m mammo_nb.labels.serve COHORT --rater NAME [--port N]`"
+    "`python -m mammo_nb.labels.serve COHORT --rater NAME [--port N] [--review [--bundle FOLDER]]`"
     p = argparse.ArgumentParser(prog='mammo label', description=main.__doc__)
     p.add_argument('cohort')
     p.add_argument('--rater', required=True)
     p.add_argument('--port', type=int, default=0)
-    for k in ('settings', 'outputs'): p.add_argument(f'--{k}', default='')
+    p.add_argument('--review', action='store_true')
+    for k in ('settings', 'outputs', 'bundle'): p.add_argument(f'--{k}', default='')
     p.add_argument('--queue')
     a = p.parse_args(argv)
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.default_int_handler)  # either ends Voila as well
-    try: return serve_labeler(a.cohort, a.rater, a.settings, a.port, a.outputs, a.queue, show=lambda text: print(text, flush=True))
+    show = lambda text: print(text, flush=True)
+    try: return serve_labeler(a.cohort, a.rater, a.settings, a.port, a.outputs, a.queue, show, review=a.review, bundle=a.bundle)
     except MammoError as e:
         print(f'mammo: {e}', file=sys.stderr)
         return 1

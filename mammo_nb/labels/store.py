@@ -349,7 +349,7 @@ def label(self:LabelStore,
         self.add(e)
     return e
 
-# %% ../../nbs/labels/00_store.ipynb #dc31791d
+# %% ../../nbs/labels/00_store.ipynb #c34727a4
 @patch
 def history(self:LabelStore,
     rater: str,
@@ -370,13 +370,20 @@ def _event(row):
 @patch
 def opinions(self:LabelStore,
     rater: str,
-    queue: str | None = None,  # 'disagreements': what the rater said to settle one; 'review': also of hold-out images with the model in sight
+    queue: str | None = None,  # 'disagreements', 'suspects': what the rater said to settle one; 'review': also of hold-out images with the model in sight
 ) -> dict:  # image_id -> tuple of the names marked yes, or 'skip'
     "A rater's last word on each image."
     rows = self._all("""SELECT image_id, label FROM (SELECT image_id, label, row_number() OVER
         (PARTITION BY image_id ORDER BY CASE WHEN ?3 AND rank = 0 THEN 30 ELSE rank END DESC, time DESC) AS best
         FROM latest WHERE rater = ?1 AND (rank % 10 > 0) = ?2) WHERE best = 1""", rater, queue == 'disagreements', queue == 'review')
-    return {i: marked(l if l == 'skip' else json.loads(l)) for i, l in rows}
+    fresh = self._second_looks(rater) if queue == 'suspects' else None
+    return {i: marked(l if l == 'skip' else json.loads(l)) for i, l in rows if fresh is None or i in fresh}
+
+@patch
+def _second_looks(self:LabelStore, rater):
+    "what the rater has looked at again since the queue of likely label errors was made"
+    sql = "SELECT DISTINCT image_id FROM live WHERE rater = ? AND queue = 'suspects' AND time >= ?"
+    return {i for i, in self._all(sql, rater, self.queue_time('suspects') or '')}
 
 @patch
 def raters(self:LabelStore,
@@ -477,7 +484,7 @@ def set_queue(self:LabelStore,
         db.executemany('INSERT INTO queue_items VALUES (?, ?, ?)', [(v, p, i) for p, i in enumerate(ids)])
     return len(ids)
 
-# %% ../../nbs/labels/00_store.ipynb #683e7c3e
+# %% ../../nbs/labels/00_store.ipynb #0fec0530
 @patch
 def queue(self:LabelStore,
     name: str,
@@ -513,7 +520,7 @@ def todo(self:LabelStore,
 ) -> list[str]:
     "What is left of a queue for this rater: neither labelled nor skipped by them (undone labels are left again)."
     if name in ('skipped', 'disagreements'): return self.queue(name, rater)
-    done = {i for i, in self._all('SELECT DISTINCT image_id FROM live WHERE rater = ?', rater)}
+    done = self._second_looks(rater) if name == 'suspects' else {i for i, in self._all('SELECT DISTINCT image_id FROM live WHERE rater = ?', rater)}
     return [i for i in self.queue(name) if i not in done]
 
 # %% ../../nbs/labels/00_store.ipynb #9e28dc36

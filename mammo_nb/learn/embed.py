@@ -6,9 +6,10 @@
 __all__ = ['PLAIN_VERSION', 'plain_features', 'Encoder', 'bundle_encoder', 'imagenet_encoder', 'plain_encoder', 'find_encoder',
            'embeddings', 'Squeeze', 'LightHead', 'out_of_sample']
 
-# %% ../../nbs/learn/05_embed.ipynb #6d6fe24a
+# %% ../../nbs/learn/05_embed.ipynb #80cdd1f8
 import importlib.util
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -153,7 +154,7 @@ def find_encoder(
     if not Path(encoder).exists(): raise MammoError(f"encoder = {encoder}: use auto, round, imagenet, plain or the folder of a bundle.")
     return bundle_encoder(encoder)
 
-# %% ../../nbs/learn/05_embed.ipynb #c14a18a6
+# %% ../../nbs/learn/05_embed.ipynb #5cd23091
 def _load(path, size):
     "a cache file as (ids, X); nothing where there is none or it was made by another preprocessing"
     try: df = pl.read_parquet(path)
@@ -165,9 +166,15 @@ def _save(path, ids, X, settings, e):
     df = df.with_columns(pl.Series('embedding', X, dtype=pl.Array(pl.Float32, X.shape[1])))
     write_parquet(df, path, settings, encoder=e.id, note=e.note)
 
+def _sweep(path, e):
+    "clears away what an older round of the same cohort has left"
+    if not (m := re.fullmatch(r'(.+-r)\d{3,}-[0-9a-f]{8}', e.id)): return
+    for p in path.parent.glob('*.parquet'):
+        if p != path and re.fullmatch(re.escape(m[1])+r'\d{3,}-[0-9a-f]{8}-p\d+', p.stem): p.unlink(missing_ok=True)
+
 def _pictures(thumbs, ids, size): return np.stack([model_input(thumbs.get(i), size) for i in ids])
 
-# %% ../../nbs/learn/05_embed.ipynb #3147cbb2
+# %% ../../nbs/learn/05_embed.ipynb #ac819c8a
 def embeddings(
     cohort_dir: str | Path,  # outputs/<cohort>
     settings,  # the study
@@ -194,6 +201,7 @@ def embeddings(
             have += some
             if bar: bar.update(len(some))
             if (k//256) % 16 == 15 or k+256 >= len(todo): _save(path, have, np.concatenate(parts), settings, e)
+    _sweep(path, e)
     at = {i: k for k, i in enumerate(have)}
     ids = [i for i in ids if i in at]
     return ids, (np.concatenate(parts)[[at[i] for i in ids]] if ids else np.zeros((0, 0), np.float32))

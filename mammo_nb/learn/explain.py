@@ -221,7 +221,7 @@ def overlay(self:Explainer,
     "The image with one finding's map over it."
     return tinted(np.asarray(img8), self._shown(img8, finding, fade), alpha)
 
-# %% ../../nbs/learn/04_explain.ipynb #6ef4fb33
+# %% ../../nbs/learn/04_explain.ipynb #4a775125
 def cam_sheet(
     explainer: Explainer,
     images,  # uint8 [H, W] each
@@ -240,7 +240,9 @@ def cam_sheet(
         for n in names:
             cells += [_boxed(explainer.overlay(a, n, fade=fade), b) for a, b in zip(part, boxes[i:i+ncols])] + gap
             captions += [n for _ in part] + ['' for _ in gap]
-    return contact_sheet(cells, captions, ncols=ncols)
+    fig = contact_sheet(cells, captions, ncols=ncols)
+    fig.coloured = True
+    return fig
 
 def _boxed(rgb, box):
     "draws a box given in shares"

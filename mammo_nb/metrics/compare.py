@@ -32,7 +32,7 @@ def _covariance(v10, v01, theta, pos, neg):
     mixed = a @ b.T*i/(i-1) if i > 1 else 0*(a @ b.T)
     return a @ a.T*i10/((i10-1)*m*m) + b @ b.T*i01/((i01-1)*n*n) + (mixed+mixed.T)/(m*n)
 
-# %% ../../nbs/metrics/02_compare.ipynb #af85f3b3
+# %% ../../nbs/metrics/02_compare.ipynb #bd0bb060
 def delong(
     y,  # labels [N]: 0, 1, NaN
     p1,  # the first model's scores [N]
@@ -46,7 +46,7 @@ def delong(
     y, ps, who = y[keep], [p[keep] for p in ps], np.arange(keep.sum()) if patient is None else np.asarray(patient)[keep]
     pos, neg, nan = who[y == 1], who[y == 0], float('nan')
     names = ('auc', 'auc2')[:len(ps)]
-    if not len(pos) or not len(neg): return dict.fromkeys((*names, 'difference', 'low', 'high', 'se', 'p')[0 if len(ps) > 1 else 0:], nan)
+    if not len(pos) or not len(neg): return dict.fromkeys((*names, *(['difference'] if len(ps) > 1 else []), 'low', 'high', 'se', 'p'), nan)
     v10, v01 = (np.stack(v) for v in zip(*(_placements(y, p) for p in ps)))
     theta = v10.mean(1)
     out, c = dict(zip(names, map(float, theta))), np.array([1.]) if len(ps) == 1 else np.array([-1., 1.])
@@ -89,7 +89,7 @@ def _verdict(k, v, lo, hi):
     if lo <= 0 <= hi: return 'no difference shown'
     return 'better' if (v > 0) != (k in _lower) else 'worse'
 
-# %% ../../nbs/metrics/02_compare.ipynb #2c6202af
+# %% ../../nbs/metrics/02_compare.ipynb #81543ba7
 def compare_models(
     first: pl.DataFrame,  # labelled image rows with image_id, study_id, patient_id, prob_<name>: the old model
     second: pl.DataFrame,  # image rows with image_id and prob_<name>: the new one
@@ -107,8 +107,8 @@ def compare_models(
     if not d.height: raise MammoError('The two models share no labelled image; compare them on one hold-out.')
     both = [*names, *[f'second_{k}' for k in names]]
     t, sampling, rows = list(thresholds), sampling_of(d), []
-    e = _at_level(d, both, [*columns, *columns], level) if level == 'image' else _at_level(d, both, list(columns), level)
-    for k, c, t1, t2 in zip(names, columns, t, thresholds2 or t): rows += _compared_rows(e, k, c, t1, t2, n, seed, sampling)
+    e = _at_level(d, both, list(columns), level)
+    for k, c, t1, t2 in zip(names, columns, t, t if thresholds2 is None else thresholds2): rows += _compared_rows(e, k, c, t1, t2, n, seed, sampling)
     return pl.DataFrame(rows)
 
 def _compared_rows(e, name, column, t1, t2, n, seed, sampling):

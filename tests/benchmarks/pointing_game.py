@@ -7,19 +7,18 @@ import argparse
 import sys
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
 import torch
 
-from mammo_nb.cohort.thumbs import Thumbnails
-from mammo_nb.core.run import job
+from mammo_nb.cohort.manifest import reject, scan
+from mammo_nb.cohort.thumbs import Thumbnails, make_thumbnails
+from mammo_nb.core.settings import load_settings
 from mammo_nb.dicom.phantom import SITES_A, make_cohort, truth_path
 from mammo_nb.labels.store import LabelStore, Oracle
 from mammo_nb.learn.explain import BOX, Explainer, pointing_game, pointing_scores
 from mammo_nb.learn.rounds import make_model, train_round
-from mammo_nb.preprocess import preprocess
 
 SETTINGS = Path(__file__).resolve().parents[2]/'settings.ini'
 
@@ -28,11 +27,12 @@ def cohort(root, seed, patients, size):
     "`(cohort's folder, its manifest, images with a tool, settings)`"
     dicom = root/'dicom'/f'seed{seed}'
     make_cohort(dicom, patients, size, seed, SITES_A, broken=0., workers=1)
-    j = replace(job(f'seed{seed}', settings=str(SETTINGS)), folder=root/f'seed{seed}', dicom_dir=dicom)
-    manifest = preprocess(j, dicom)
+    settings, folder = load_settings(SETTINGS), root/f'seed{seed}'
+    manifest = scan(dicom, folder, settings, seed=seed)  # the seed makes the splits the same every time
+    manifest = reject(folder, make_thumbnails(manifest, dicom, folder/'thumbnails', settings), settings)
     tools = pl.read_parquet(truth_path(dicom)).filter('has_biopsy_tool').unique('image_id').select('image_id', 'tool', *BOX)
     rows = manifest.filter(status='ok').select('image_id', 'patient_id', 'split').join(tools, on='image_id').sort('image_id')
-    return j.folder, manifest, rows, j.settings
+    return folder, manifest, rows, settings
 
 
 def label(folder, manifest, dicom, settings, most):
