@@ -132,7 +132,7 @@ def ask_oracle(
     oracle = Oracle(store, path, j.settings.demo.label_error, j.settings.study.seed)
     return sum(oracle.label(store.queue(q), queue=q) for q in dict.fromkeys((queue, 'valid', 'hold_out')))
 
-# %% ../nbs/2_label.ipynb #34445ef6
+# %% ../nbs/2_label.ipynb #11ec31c1
 def find_suspects(
     store: LabelStore,
     manifest: pl.DataFrame,  # of the same cohort
@@ -140,11 +140,12 @@ def find_suspects(
     folder: Path,  # `outputs/<cohort>`, for the embeddings
     least: int = 60,  # labels needed before anything is suspected
 ) -> pl.DataFrame:  # image_id, finding, label, prob, quality (0: surely wrong), worst first
-    "Finds labels that are probably wrong and stores their images as the queue `suspects`."
+    "Finds labels that are probably wrong and stores their images as the queue `suspects`; nothing before a network can tell images apart."
     d = manifest.filter(pl.col('status') == 'ok', pl.col('split') != 'hold_out').unique('image_id').select('image_id', 'patient_id', 'split')
     d = check_split(d.join(store.labels().select('image_id', *store.columns), on='image_id').sort('image_id'), what='the search for label errors')
-    if d.height < least: return label_errors(d.clear().with_columns(pl.lit(.5).alias(f'prob_{n}') for n in settings.names), settings)
-    ids, X = embeddings(folder, settings, d['image_id'].to_list())
+    e = find_encoder(folder, settings)
+    if d.height < least or e.id.startswith('plain'): return label_errors(d.clear().with_columns(pl.lit(.5).alias(f'prob_{n}') for n in settings.names), settings)
+    ids, X = embeddings(folder, settings, d['image_id'].to_list(), e)
     d = d.filter(pl.col('image_id').is_in(ids))
     P = out_of_sample(X, d.select(store.columns).to_numpy().astype(float), d['patient_id'].to_list(), seed=settings.study.seed)
     found = label_errors(d.with_columns(pl.Series(f'prob_{n}', P[:, k]) for k, n in enumerate(settings.names)), settings)

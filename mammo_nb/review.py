@@ -99,15 +99,16 @@ def class_sheet(
         captions += [f"{part['kind'][0]}\n{_caption(r, settings.names)}" for r in part.iter_rows(named=True)] + ['' for _ in gap]
     return contact_sheet(images, captions, ncols=each)
 
-# %% ../nbs/5_review.ipynb #51552755
+# %% ../nbs/5_review.ipynb #bbe69cf9
 def studies_sheet(
     predictions: pl.DataFrame,  # rows of stage 4
     studies: list[str],  # study ids in the order to show
     cohort_dir: str | Path,  # outputs/<cohort>
     settings,  # the study
     view: dict,  # image_id to view
-    ncols: int = 6,  # images per study at most
-    looked=None,  # (image [H,W], k) to the image [H,W,3] with heat for the k-th study; None: no second row
+    ncols: int = 5,  # images per study at most
+    explain=None,  # an `Explainer`; None: no second row
+    findings=(),  # and the finding to explain, per study
 ):  # a figure
     "A row of images per study, or two; the number is the study's place in the list."
     top = pl.max_horizontal(f'prob_{n}' for n in settings.names)
@@ -118,10 +119,12 @@ def studies_sheet(
         shown, gap = pictures(cohort_dir, pl.DataFrame(order, schema=part.schema)), ncols - len(order)
         images += shown + [None] * gap
         captions += [f"{k + 1} · {view.get(r['image_id'], '')}\n{_caption(r, settings.names)}" for r in order] + [''] * gap
-        if looked:
-            images += [None if x is None else looked(x, k) for x in shown] + [None] * gap
-            captions += [''] * ncols
-    return contact_sheet(images, captions, ncols=ncols)
+        if explain:
+            images += [None if x is None else explain.overlay(x, findings[k]) for x in shown] + [None] * gap
+            captions += [findings[k] for _ in shown] + [''] * gap
+    fig = contact_sheet(images, captions, ncols=ncols)
+    fig.coloured = bool(explain)
+    return fig
 
 # %% ../nbs/5_review.ipynb #5c972950
 def explainer(

@@ -45,6 +45,37 @@ def test_delong_equals_its_definition(seed, m, n, digits):
     assert abs(alone['se']-se) < 1e-9, 'a patient per row is independence'
 
 
+def literal_obuchowski(y, p1, p2, who):
+    "Obuchowski (1997), equations for clustered ROC areas, by loops; the standard error of the difference"
+    psi = lambda x, z: 1. if x > z else .5 if x == z else 0.
+    pos, neg = [i for i in range(len(y)) if y[i] == 1], [i for i in range(len(y)) if y[i] == 0]
+    m, n, k = len(pos), len(neg), sorted(set(who))
+    c = []
+    for p in (p1, p2):
+        x = {i: sum(psi(p[i], p[j]) for j in neg)/n for i in pos}
+        z = {j: sum(psi(p[i], p[j]) for i in pos)/m for j in neg}
+        a = sum(x.values())/m
+        c.append([(sum(x[i]-a for i in pos if who[i] == g), sum(z[j]-a for j in neg if who[j] == g)) for g in k])
+    i10, i01, i = len({who[v] for v in pos}), len({who[v] for v in neg}), len(k)
+    def cov(r, s):
+        s10 = i10/((i10-1)*m)*sum(a[0]*b[0] for a, b in zip(c[r], c[s]))
+        s01 = i01/((i01-1)*n)*sum(a[1]*b[1] for a, b in zip(c[r], c[s]))
+        s11 = [i/(i-1)*sum(a[u]*b[1-u] for a, b in zip(c[r], c[s])) for u in (0, 1)]
+        return s10/m + s01/n + sum(s11)/(m*n)
+    return max(cov(0, 0)+cov(1, 1)-2*cov(0, 1), 0)**.5
+
+
+@given(st.integers(0, 100_000), st.integers(4, 12))
+@hyp(max_examples=40, deadline=None)
+def test_clustered_delong_equals_obuchowski(seed, patients):
+    rng = np.random.default_rng(seed)
+    who = np.r_[0, 1, 2, 3, rng.integers(0, patients, 30)]
+    y = np.r_[0, 1, 0, 1, rng.integers(0, 2, 30)]
+    p1 = (y + rng.normal(size=34)).round(1)
+    p2 = p1 + rng.normal(size=34)
+    assert abs(delong(y, p1, p2, who)['se'] - literal_obuchowski(y, p1, p2, who)) < 1e-9
+
+
 def pairs(rng, patients=60, gain=0., per=4):
     "two models on clustered images; `gain`: how much better the second one is"
     who = np.repeat(np.arange(patients), per)
@@ -105,7 +136,8 @@ def test_bootstrap_difference_is_paired():
 def frame(patients=60, seed=0):
     who, y, a, b = pairs(np.random.default_rng(seed), patients, 1.)
     sig = lambda v: 1/(1+np.exp(1-v))
-    d = pl.DataFrame(dict(image_id=np.arange(len(who)), patient_id=who, study_id=who, laterality=['L', 'L', 'R', 'R']*patients, view=['L-CC', 'L-MLO', 'R-CC', 'R-MLO']*patients,
+    views = ['L-CC', 'L-MLO', 'R-CC', 'R-MLO']*patients
+    d = pl.DataFrame(dict(image_id=np.arange(len(who)), patient_id=who, study_id=who, laterality=[v[0] for v in views], view=views,
                           site=np.where(who < patients-4, 'big', 'tiny'), split='hold_out', has_x=y, prob_x=sig(a)))
     return d, d.select('image_id', prob_x=sig(b))
 
@@ -115,14 +147,15 @@ def test_two_models_side_by_side():
     for level in ('image', 'breast', 'study'):
         t = compare_models(d, new.sample(fraction=1., shuffle=True, seed=0), ['x'], ['has_x'], [.5], level=level, n=300)
         auc = t.filter(pl.col('score') == 'roc_auc')
-        assert auc['verdict'][0] == 'better' and auc['delong_p'][0] < .05 and (t['low'] <= t['difference']).all() and (t['difference'] <= t['high']).all()
-        assert t['second']-t['first'] is not None and np.allclose(t['second']-t['first'], t['difference'])
+        assert auc['verdict'][0] == 'better' and auc['delong_p'][0] < .05
+        assert (t['low'] <= t['difference']).all() and (t['difference'] <= t['high']).all() and np.allclose(t['second']-t['first'], t['difference'])
     back = compare_models(d, d.select('image_id', prob_x=1-pl.col('prob_x')), ['x'], ['has_x'], [.5], level='image', n=300)
     verdict = dict(zip(back['score'], back['verdict']))
     assert verdict['roc_auc'] == 'worse' == verdict['brier'], 'a higher Brier score is worse'
     same = compare_models(d, d, ['x'], ['has_x'], [.5], n=50)
     assert set(same['verdict']) == {'no difference shown'} and (same['high'] == 0).all()
-    with pytest.raises(MammoError, match='share no labelled image'): compare_models(d, new.with_columns(pl.col('image_id')+10_000), ['x'], ['has_x'], [.5])
+    with pytest.raises(MammoError, match='share no labelled image'):
+        compare_models(d, new.with_columns(pl.col('image_id')+10_000), ['x'], ['has_x'], [.5])
     with pytest.raises(MammoError, match='level'): compare_models(d, new, ['x'], ['has_x'], [.5], level='pixel')
 
 

@@ -62,6 +62,8 @@ def test_the_peak_is_where_the_evidence_is_whatever_the_images_shape(h, w, fy, f
     py, px = np.unravel_index(cam[0].argmax(), (h, w))
     far = 4*max(1, max(h, w)/128)  # a cell, in the image's pixels
     assert abs(py-(y+(k-1)/2)) <= far and abs(px-(x+(k-1)/2)) <= far
+    warm = np.argwhere(cam[0] > .3)
+    assert np.abs(warm-[py, px]).max() <= 5*far, 'one hill, and no mirror images of it'
 
 
 SPOT = bright_spot()
@@ -72,12 +74,39 @@ def test_without_evidence_the_map_is_empty():
     assert cam.shape == (2, 90, 40) and not cam.any()
 
 
+def test_what_speaks_against_a_finding_is_not_shown():
+    "biopsy is bright minus dark; where it is dark the map is zero, not negative"
+    conv, linear = nn.Conv2d(1, 2, 4, 4), nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        conv.weight.copy_(torch.stack([torch.ones(1, 4, 4), -torch.ones(1, 4, 4)])/16)
+        conv.bias.copy_(torch.tensor([-1.2, .8]))
+        linear.weight.copy_(torch.tensor([[1., -1.], [-1., 1.]]))
+    ex = Explainer(nn.Sequential(nn.Sequential(conv, nn.ReLU()), nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten(), linear)), meta(128))
+    img = np.full((128, 128), 60, np.uint8)
+    img[20:28, 20:28], img[90:98, 70:78] = 250, 0
+    cam = ex.cam(img)
+    assert cam.min() >= 0 and cam[0, 24, 24] > .9 > .01 > cam[0, 94, 74] and cam[1, 94, 74] > .9 > .01 > cam[1, 24, 24]
+
+
 def test_a_mirrored_image_has_the_mirrored_map(net):
     _, ex, rows, thumbs = net
     img = thumbs.get(rows['image_id'][0])
     img = img[:, :img.shape[1]//2*2]  # an odd width is centred half a pixel to one side
     a, b = ex.cam(img), ex.cam(np.ascontiguousarray(img[:, ::-1]))[:, :, ::-1]
     assert np.abs(a-b).max() < .15
+
+
+def test_the_softmax_heads_first_output_is_none():
+    "logits: none (always 0), biopsy (bright), mag (dark); the maps must be those of the findings"
+    img = np.full((128, 128), 60, np.uint8)
+    img[20:28, 20:28], img[90:98, 70:78] = 250, 0
+    conv, head = nn.Conv2d(1, 3, 4, 4), nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten())
+    with torch.no_grad():
+        conv.weight.copy_(torch.stack([torch.zeros(1, 4, 4), torch.ones(1, 4, 4), -torch.ones(1, 4, 4)])/16)
+        conv.bias.copy_(torch.tensor([0., -1.2, .8]))  # 60 grey is .94 after normalisation
+    ex = Explainer(nn.Sequential(nn.Sequential(conv, nn.ReLU()), head), meta(128, head='softmax'))
+    bright, dark = (np.unravel_index(c.argmax(), c.shape) for c in ex.cam(img))
+    assert np.hypot(bright[0]-23.5, bright[1]-23.5) <= 6 and np.hypot(dark[0]-93.5, dark[1]-73.5) <= 6
 
 
 # ---- does it point at the tool

@@ -34,7 +34,7 @@ def rows(tmp_path_factory):
 
 
 def test_margin_beats_random(rows):
-    a = areas(rows, 'balanced').group_by('strategy').agg(pl.col('area').mean()).rows_by_key('strategy', unique=True)
+    a = dict(areas(rows, 'balanced').group_by('strategy').agg(pl.col('area').mean()).iter_rows())
     assert min(a[k] for k in ('margin', 'entropy', 'badge')) > a['random'] + .03
     p = paired(rows, score='balanced').filter(strategy='margin').row(0, named=True)
     assert p['low'] > 0 and p['p'] < .05 and p['better'] == 1

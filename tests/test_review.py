@@ -2,6 +2,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from conftest import mammo
 from labeler_page import ROOT, image_id, make_cohort
 from review_page import review_cell, review_cohort, studies_of
 from mammo_nb.core.settings import MammoError, load_settings
@@ -304,3 +306,28 @@ def test_page_files_are_packaged():
     names = {p.name for p in static.iterdir()}
     assert {'shared.js', 'widget.js', 'review.js', 'widget.css', 'review.css'} <= names
     for w, last in ((Labeler, 'widget.js'), (Reviewer, 'review.js')): assert str(w._esm).startswith((static/'shared.js').read_text()[:80]) and str(w._esm).endswith((static/last).read_text())
+
+
+# ---- the stage
+
+def test_stage_with_a_rater_writes_the_list_and_scores_by_blind_labels_only(project, tmp_path):
+    root = tmp_path/'study'
+    shutil.copytree(project, root)
+    b = root/'outputs'/'demo_b'
+    from mammo_nb.core.run import job
+    from mammo_nb.review import open_review
+    j = job('demo_b', outputs=str(root/'outputs'), settings=str(root/'settings.ini'))
+    plain = json.loads(sorted(b.glob('runs/*-review/metrics.json'))[-1].read_text())
+    w = open_review(j, 'anna')
+    s = w._list[0]
+    for i in s['ids']: w.store.label(i, tuple(w._says[i][1]), 'anna', queue='review', saw_model=True)
+    assert w.cam(s['ids'][0], s['finding']).shape == w.pictures.get(s['ids'][0]).shape         # the bundle explains itself
+    w.close()
+    done = mammo('run', 'review', '-p', 'cohort=demo_b', '-p', 'rater=anna', cwd=root)
+    assert done.returncode == 0, done.stderr
+    run = sorted(b.glob('runs/*-review'))[-1]
+    got, text = json.loads((run/'metrics.json').read_text()), (run/'5_review.ipynb').read_text()
+    assert got['reviewed'] == 1 and got['labelled'] == plain['labelled'] and got['accuracy'] == plain['accuracy'], 'what was said with the model in sight scores nothing'
+    assert 'widget-view' not in text and 'rater anna · review: 1 of' in text and '<script' not in (run/'report.html').read_text()
+    df = pl.read_csv(next(b.glob('predictions/*/reviewed.csv')))
+    assert df['outcome'].to_list().count('agreed') == 1 and df.height == w.studies.height and set(df['kind']) <= {'flagged', 'borderline'}

@@ -57,7 +57,8 @@ def test_alike_images_would_raise_alarms_if_they_counted_in_full():
 
 def test_three_images_are_too_few_and_none_is_no_error():
     home = shift_reference(cohort(200, 0))
-    new = pl.concat([cohort(3, 1, moved=5., site='tiny'), cohort(80, 2, site='ok'), cohort(5, 3, site='blank').with_columns(pl.lit(float('nan'), pl.Float32).alias('px_mean'))])
+    blank = cohort(5, 3, site='blank').with_columns(pl.lit(float('nan'), pl.Float32).alias('px_mean'))
+    new = pl.concat([cohort(3, 1, moved=5., site='tiny'), cohort(80, 2, site='ok'), blank])
     r = shift_report(home, new)
     v = {(a, b): c for a, b, c in r.select('site', 'feature', 'verdict').rows()}
     assert v['tiny', 'px_mean'] == FEW == v['blank', 'px_mean'] and v['ok', 'px_mean'] == SAME
@@ -70,6 +71,15 @@ def test_a_million_images_need_an_effect_not_only_significance():
     d = lambda n, m: pl.DataFrame(dict(px_mean=rng.normal(m, 1, n)))
     r = shift_report(shift_reference(d(100_000, 0)), d(300_000, .05), by=None)
     assert r['p'][0] < 1e-6 and r['verdict'][0] == SAME
+
+
+def test_the_verdict_takes_off_what_chance_adds():
+    r = pl.concat([shift_report(shift_reference(cohort(200, 10_000)), cohort(n, s, .7)) for s in range(60) for n in (30, 150)])
+    far, p = r['psi']-r['by_chance'], r['p'] < .01/7
+    want = [FEW if w < 20 else SAME if not q or f < .1 else LITTLE if f < .25 else LOT for w, f, q in zip(r['worth'], far, p)]
+    assert want == r['verdict'].to_list() and {SAME, LITTLE, LOT} <= set(want)
+    same = pl.concat([shift_report(shift_reference(cohort(200, 10_000+s)), cohort(60, s)) for s in range(40)])
+    assert same['psi'].mean() == pytest.approx(same['by_chance'].mean(), rel=.35), 'what chance adds is what it is said to add'
 
 
 def test_distances_are_what_they_say():

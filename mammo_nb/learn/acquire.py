@@ -106,14 +106,14 @@ def _gradients(Z, P):
     A = np.c_[Z, np.full(len(Z), 8.)]
     return np.concatenate([((P[:, f] - (P[:, f] > .5))[:, None])*A for f in range(P.shape[1])], 1)
 
-# %% ../../nbs/learn/02_acquire.ipynb #902f9239
+# %% ../../nbs/learn/02_acquire.ipynb #555d57af
 def _centres(Z, n, seed):
     from sklearn.cluster import KMeans
-    return KMeans(n, n_init=1, max_iter=50, random_state=seed).fit(Z)
+    return KMeans(n, n_init=3, max_iter=50, random_state=seed).fit(Z)
 
 def _kmeans(Z, known, n, gate, rng):
     "nearest to each of n centres; the largest clusters first"
-    if len(Z) <= n: return _ranked(rng.permutation(len(Z)), n, gate)
+    if len(np.unique(Z.round(6), axis=0)) <= n: return _ranked(rng.permutation(len(Z)), n, gate)
     km, got = _centres(Z, n, int(rng.integers(2**31))), []
     d = km.transform(Z)
     for c in np.argsort(-np.bincount(km.labels_, minlength=n), kind='stable'): got += _ranked(np.argsort(d[:, c], kind='stable'), 1, gate)
@@ -121,19 +121,21 @@ def _kmeans(Z, known, n, gate, rng):
 
 def _typiclust(Z, known, n, gate, rng):
     "the most typical image of each cluster without a label"
-    if len(Z) <= n: return _ranked(rng.permutation(len(Z)), n, gate)
+    got, chance, used = [], rng.permutation(len(Z)), np.zeros(len(Z), bool)
+    if len(np.unique(Z.round(6), axis=0)) <= n+len(known): return _ranked(chance, n, gate)
     from skactiveml.pool import TypiClust
     X, y = np.concatenate([Z, known]), np.r_[np.full(len(Z), np.nan), np.zeros(len(known))]
-    s = TypiClust(random_state=int(rng.integers(2**31)), k=20, cluster_algo_dict=dict(n_init=1, max_iter=50))
-    got, chance, used = [], rng.permutation(len(Z)), np.zeros(len(Z), bool)
-    for u in s.query(X, y, batch_size=n, return_utilities=True)[1][:, :len(Z)]:
+    s = TypiClust(random_state=int(rng.integers(2**31)), k=20, cluster_algo_dict=dict(n_init=3, max_iter=50))
+    try: _, typical = s.query(X, y, batch_size=n, return_utilities=True)
+    except UnboundLocalError: return _ranked(chance, n, gate)  # scikit-activeml 1.0 where every cluster holds a label
+    for u in typical[:, :len(Z)]:
         inside = np.isfinite(u) & ~used & (u < np.nanmax(u[np.isfinite(u)])+1)
         order = [i for i in np.lexsort((chance, -np.nan_to_num(u, neginf=-1, posinf=-1))) if inside[i] and gate.allows(i)][:1]
         got += [gate.add(i) for i in order]
         if inside.sum() < len(Z)/2: used |= inside
     return got + _ranked(chance, n-len(got), gate)
 
-# %% ../../nbs/learn/02_acquire.ipynb #ea5568f3
+# %% ../../nbs/learn/02_acquire.ipynb #7d4d907d
 def _asked(query, Z, known, n, gate):
     "asks a strategy for what is left until the gate has let n through"
     X, got, gate.most = np.concatenate([Z, known]), [], gate.first
@@ -151,7 +153,8 @@ def _coreset(Z, known, n, gate, rng):
 
 def _probcover(Z, known, n, gate, rng):
     from skactiveml.pool import ProbCover
-    deltas = np.quantile(np.sqrt(_far(Z, 0)), [.002, .005, .01, .02, .05, .1, .2]) if len(Z) > 1 else [1.]
+    apart = np.sqrt([_far(Z, i) for i in rng.permutation(len(Z))[:50]])
+    deltas = np.maximum(np.quantile(apart, [.002, .005, .01, .02, .05, .1, .2]), 1e-6)
     s = ProbCover(n_classes=min(8, max(2, len(Z)-1)), deltas=deltas, random_state=int(rng.integers(2**31)))
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
@@ -201,18 +204,19 @@ def _vectors(embeddings, ids, labelled):
     Z, K = (squeeze(X[k]) if k else np.zeros((0, squeeze.turn.shape[1])) for k in (rows, known))
     return (np.array([k for k, i in enumerate(ids) if i in at]), Z, K)
 
-# %% ../../nbs/learn/02_acquire.ipynb #90a4eeb6
+# %% ../../nbs/learn/02_acquire.ipynb #35fd0aa1
 def _by_strategy(name, n, P, vectors, gate, rng):
     "n indices by a strategy, and the name of their slice"
     order = np.lexsort((rng.permutation(len(gate.taken)), -uncertainty(P) if P is not None else np.zeros(len(gate.taken))))
     if name == 'random' or (P is None and vectors is None): return _ranked(order if P is None else rng.permutation(len(order)), n, gate), 'random'
     kind = 'diverse' if name in _cover else 'uncertain'
+    if n <= 0: return [], kind
     if name == 'entropy' or vectors is None: return _ranked(order, n, gate), kind
     rows, Z, known = vectors
     inner, start = gate.part(rows), np.flatnonzero(gate.taken[rows])
     if name in _cover: got = _cover[name](Z, np.r_[known, Z[start]], n, inner, rng)
     elif name == 'badge': got = _spread(_gradients(Z, P[rows]), None, n, inner, rng)
-    else: got = _spread(Z, margin(P[rows])**3, n, inner, rng, start)
+    else: got = _spread(Z, margin(P[rows])**12, n, inner, rng, start)
     got = [int(rows[i]) for i in got]
     gate.taken[got] = True
     return got + _ranked(order, n-len(got), gate), kind

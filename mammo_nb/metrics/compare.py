@@ -125,7 +125,7 @@ def _compared_rows(e, name, column, t1, t2, n, seed, sampling):
     return [dict(finding=name, score=s, first=float(a[s][0]), second=float(b[s][0]), difference=v, low=lo, high=hi, verdict=_verdict(s, v, lo, hi),
                  delong_p=p if s == 'roc_auc' and not np.isnan(p) else None, labels=label) for s, (v, lo, hi) in diff.items()]
 
-# %% ../../nbs/metrics/02_compare.ipynb #01a103b8
+# %% ../../nbs/metrics/02_compare.ipynb #172b8521
 def subgroups(
     df: pl.DataFrame,  # labelled image rows: study_id, patient_id, label columns, prob_<name>, and the columns named in `by`
     by='site',  # a column or several, each on its own: site, manufacturer, view …
@@ -139,7 +139,8 @@ def subgroups(
 ) -> pl.DataFrame:  # a row per column, group and finding: by, group, finding, n, patients, positives, scores as {value, low, high}, remark, labels
     "Scores within groups. Raises `MammoError` for unknown columns, and for a column that changes within a study when the level is not image."
     rows, by = [], [by] if isinstance(by, str) else list(by)
-    if lack := [c for c in by if c not in df.columns]: raise MammoError(f"No column {lack[0]} to group by; the rows have {', '.join(df.columns[:12])}.")
+    if lack := [c for c in by if c not in df.columns]:
+        raise MammoError(f"No column {lack[0]} to group by; the rows have {', '.join(df.columns[:12])}.")
     for c in by:
         if level != 'image' and (df.group_by('study_id').agg(pl.col(c).n_unique())[c] > 1).any():
             raise MammoError(f"{c} differs within a study, so studies cannot be grouped by it; use level='image'.")
@@ -174,7 +175,7 @@ def subgroup_table(
     cols = [pl.Series(k, [text(v) for v in groups[k]], dtype=pl.String) for k in scores]
     return groups.select('by', 'group', 'finding', 'n', 'patients', 'positives').with_columns(cols).with_columns(groups['remark'])
 
-# %% ../../nbs/metrics/02_compare.ipynb #8abdc687
+# %% ../../nbs/metrics/02_compare.ipynb #b9128e13
 def plot_subgroups(
     groups: pl.DataFrame,  # from `subgroups`
     score: str = 'roc_auc',  # what to show
@@ -188,10 +189,13 @@ def plot_subgroups(
         part = groups.filter(pl.col('finding') == name)
         for i, r in enumerate(part.iter_rows(named=True)):
             v = r[score]
-            if v['value'] is None: ax.text(.5, i, 'unknown', fontsize=7, color='.5', ha='center', va='center', transform=ax.get_yaxis_transform()); continue
+            if v['value'] is None:
+                ax.text(.5, i, 'unknown', fontsize=7, color='.5', ha='center', va='center', transform=ax.get_yaxis_transform())
+                continue
             ax.plot([v['low'], v['high']], [i, i], color='.6' if r['remark'] else 'C0', lw=1.5)
             ax.plot(v['value'], i, 'o', ms=5, mfc='w' if r['remark'] else 'C0', mec='.6' if r['remark'] else 'C0')
-        ax.set(yticks=range(part.height), yticklabels=[f"{r['group']} (n = {r['n']})" for r in part.iter_rows(named=True)], ylim=(part.height-.4, -.6))
+        ax.set_yticks(range(part.height), [f'{g} (n = {n})' for g, n in part.select('group', 'n').iter_rows()])
+        ax.set_ylim(part.height-.4, -.6)
         ax.set_title((titles or {}).get(name, name), fontsize=9); ax.set_xlabel(score.replace('_', ' '), fontsize=8)
         ax.tick_params(labelsize=8); ax.grid(axis='x', alpha=.3)
     return fig

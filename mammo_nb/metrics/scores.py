@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEW', 'RANDOM', 'ACTIVE', 'ece_of', 'predictive_values', 'binary_scores', 'all_scores', 'to_studies', 'to_breasts',
            'patient_weights', 'weighted_auc', 'weighted_gaps', 'weighted_scores', 'exact_interval', 'bootstrap_ci',
-           'calibration_curve_of', 'plot_calibration', 'sampling_of', 'finding_scores', 'score_report', 'score_text',
+           'sampling_of', 'calibration_curve_of', 'plot_calibration', 'finding_scores', 'score_report', 'score_text',
            'score_table']
 
 # %% ../../nbs/metrics/00_scores.ipynb #0895a7d7
@@ -43,7 +43,7 @@ def predictive_values(
     with np.errstate(invalid='ignore', divide='ignore'):
         return se*q/(se*q + (1-sp)*(1-q)), sp*(1-q)/(sp*(1-q) + (1-se)*q)
 
-# %% ../../nbs/metrics/00_scores.ipynb #dedfea68
+# %% ../../nbs/metrics/00_scores.ipynb #6c964320
 def binary_scores(
     y,  # labels [N]: 0, 1, or NaN where unlabelled
     p,  # probabilities [N], 0 to 1
@@ -57,8 +57,8 @@ def binary_scores(
     tn, fp, fn, tp = (int(v) for v in confusion_matrix(y, p >= threshold, labels=[0, 1]).ravel()) if len(y) else (0,)*4
     sens, spec, nan = _ratio(tp, tp+fn), _ratio(tn, tn+fp), float('nan')
     mixed = (tp+fp)*(tp+fn) + (tn+fn)*(tn+fp) < len(y)**2  # else kappa is 0/0
-    out = dict(n=len(y), positives=tp+fn, tn=tn, fp=fp, fn=fn, tp=tp, sensitivity=sens, specificity=spec, ppv=_ratio(tp, tp+fp), npv=_ratio(tn, tn+fn),
-               accuracy=_ratio(tp+tn, len(y)), balanced_accuracy=(sens+spec)/2, kappa=float(cohen_kappa_score(y, p >= threshold)) if mixed else nan,
+    out = dict(n=len(y), positives=tp+fn, tn=tn, fp=fp, fn=fn, tp=tp, sensitivity=sens, specificity=spec,
+               ppv=_ratio(tp, tp+fp), npv=_ratio(tn, tn+fn), accuracy=_ratio(tp+tn, len(y)), balanced_accuracy=(sens+spec)/2, kappa=float(cohen_kappa_score(y, p >= threshold)) if mixed else nan,
                roc_auc=float(roc_auc_score(y, p)) if 0 < tp+fn < len(y) else nan, pr_auc=float(average_precision_score(y, p)) if tp+fn else nan,
                brier=float(brier_score_loss(y, p, pos_label=1)) if len(y) else nan, ece=ece_of(y, p))
     return out if prevalence is None else out | dict(zip(('ppv_at', 'npv_at'), map(float, predictive_values(sens, spec, prevalence))))
@@ -249,7 +249,7 @@ def _in_steps(fn, df, w):
     parts = [fn(df, w[i:i+step]) for i in range(0, len(w), step)] if df.height else []
     return {k: np.concatenate([np.asarray(q[k]) for q in parts]) for k in parts[0]} if parts else {}
 
-# %% ../../nbs/metrics/00_scores.ipynb #5028d678
+# %% ../../nbs/metrics/00_scores.ipynb #008ac151
 def bootstrap_ci(
     fn,  # `fn(df, w) -> {score: [B]}`; `w` [B, N] weighs the rows of `df`; [B, parts]: signed parts whose absolute values add up to the score
     df: pl.DataFrame,  # a row per image (or study)
@@ -258,7 +258,7 @@ def bootstrap_ci(
     seed: int = 0,  # same seed, same interval
     level: float = 0.95,  # coverage
     patients=None,  # optional `fn(df) -> {score: patients it rests on}`, for small and perfect samples; default: all
-    exact: bool = True,  # the binomial interval where resamples say too little (for scores that are shares); False: NaN with fewer than eight patients
+    exact: bool = True,  # shares: the binomial interval where resamples say too little; False: NaN with fewer than eight patients
 ) -> dict:  # {score: (value, low, high)}, NaN where undefined
     "Values with patient-level bootstrap intervals (BCa, widened for few patients), seeded; all resamples in one go."
     point = fn(df, np.ones((1, df.height), np.float32))
@@ -275,7 +275,18 @@ def bootstrap_ci(
             out[key] = (x, *_interval(boot.get(key, np.zeros(0)).ravel(), x, jack.get(key, np.zeros(0)).ravel(), k, level, exact))
     return out
 
-# %% ../../nbs/metrics/00_scores.ipynb #4aebf022
+# %% ../../nbs/metrics/00_scores.ipynb #67738e74
+RANDOM = 'from a random sample: unbiased for the cohort it was drawn from'
+ACTIVE = 'on actively chosen or training labels: marked *, not an estimate of how the model does on the cohort'
+
+def sampling_of(
+    df: pl.DataFrame,  # labelled rows; `slice` (what a batch says of an image) and `split` are looked at where they are there
+) -> str:  # 'random' or 'active'
+    "Whether the rows are a random sample: no slice but 'random', and no training image outside of such a slice."
+    if 'slice' in df.columns: return 'random' if df.filter((pl.col('slice') != 'random').fill_null(True)).is_empty() else 'active'
+    return 'active' if 'split' in df.columns and (df['split'] == 'train').any() else 'random'
+
+# %% ../../nbs/metrics/00_scores.ipynb #2f8e30e5
 def calibration_curve_of(
     y,  # labels [N]: 0, 1, NaN
     p,  # probabilities [N]
@@ -310,21 +321,13 @@ def plot_calibration(
         o = cc['observed'].to_numpy()
         ax.errorbar(cc['predicted'], o, [o-cc['low'].to_numpy(), cc['high'].to_numpy()-o], marker='o', ms=4, lw=1, capsize=2, color='C0')
         ax.set(xlim=(-.02, 1.02), ylim=(-.02, 1.02)); ax.set_title(title, fontsize=9)
-        for v, color, label in ((0, '.6', 'no'), (1, 'C1', 'yes')): below.hist(p[y == v], np.linspace(0, 1, 21), histtype='step', color=color, label=label)
-        below.set(xlabel='probability'); below.set_yscale('function', functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square)); below.tick_params(labelsize=7)
+        for v, color, label in ((0, '.6', 'no'), (1, 'C1', 'yes')):
+            below.hist(p[y == v], np.linspace(0, 1, 21), histtype='step', color=color, label=label)
+        below.set_yscale('function', functions=(lambda v: np.sqrt(np.maximum(v, 0)), np.square))
+        below.set(xlabel='probability'); below.tick_params(labelsize=7)
         if not k: ax.set_ylabel('share of positives'); below.legend(fontsize=7, frameon=False, ncols=2); below.set_ylabel('images', fontsize=8)
+    if sampling_of(df) == 'active': fig.suptitle('on actively chosen or training labels: does not carry over', fontsize=8, color='C3')
     return fig
-
-# %% ../../nbs/metrics/00_scores.ipynb #67738e74
-RANDOM = 'from a random sample: unbiased for the cohort it was drawn from'
-ACTIVE = 'on actively chosen or training labels: marked *, not an estimate of how the model does on the cohort'
-
-def sampling_of(
-    df: pl.DataFrame,  # labelled rows; `slice` (what a batch says of an image) and `split` are looked at where they are there
-) -> str:  # 'random' or 'active'
-    "Whether the rows are a random sample: no slice but 'random', and no training image outside of such a slice."
-    if 'slice' in df.columns: return 'random' if df.filter((pl.col('slice') != 'random').fill_null(True)).is_empty() else 'active'
-    return 'active' if 'split' in df.columns and (df['split'] == 'train').any() else 'random'
 
 # %% ../../nbs/metrics/00_scores.ipynb #41f0f42d
 def _together(names, columns, thresholds):
@@ -403,7 +406,7 @@ def score_report(
         out[level] = rep
     return out | dict(sampling=sampling, note=RANDOM if sampling == 'random' else ACTIVE) | ({} if prevalence is None else dict(prevalence=share))
 
-# %% ../../nbs/metrics/00_scores.ipynb #bc6da817
+# %% ../../nbs/metrics/00_scores.ipynb #ffed999b
 _usual = ('sensitivity', 'specificity', 'accuracy', 'roc_auc')
 
 def score_text(
@@ -424,5 +427,5 @@ def score_table(
     rows = []
     for name, s in report[level]['findings'].items():
         keys = [k for k, v in s.items() if isinstance(v, dict)] if scores == 'all' else scores
-        rows.append(dict(finding=name, n=s['n'], positives=s['positives']) | {k: mark(score_text(s.get(k))) for k in keys} | (dict(labels='actively chosen*') if star else {}))
-    return pl.DataFrame(rows)
+        rows.append(dict(finding=name, n=s['n'], positives=s['positives']) | {k: mark(score_text(s.get(k))) for k in keys})
+    return pl.DataFrame(rows).with_columns([pl.lit('actively chosen*').alias('labels')] if star else [])

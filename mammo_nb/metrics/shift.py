@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['FEATURES', 'VERDICTS', 'intensity_features', 'shift_reference', 'shift_report', 'plot_shift']
 
-# %% ../../nbs/metrics/03_shift.ipynb #4a24315f
+# %% ../../nbs/metrics/03_shift.ipynb #8601fb39
 import numpy as np
 import polars as pl
-from scipy.stats import chi2
+from scipy.stats import f as fdist
 
 from ..cohort.thumbs import Sheet
 from ..core.settings import MammoError
 
-# %% ../../nbs/metrics/03_shift.ipynb #93049269
-FEATURES = dict(px_background='share of background', px_mean='tissue brightness', px_spread='tissue contrast', px_white='share of white', px_detail='fine detail')
+# %% ../../nbs/metrics/03_shift.ipynb #fa2d53fd
+FEATURES = dict(px_background='share of background', px_mean='tissue brightness', px_spread='tissue contrast', px_white='share of white',
+                px_detail='fine detail')
 _levels = np.arange(256, dtype=np.float64)
 
 def intensity_features(
@@ -37,33 +38,35 @@ def intensity_features(
         out[i] = h[:8].sum()/n, mean, np.sqrt(max(t @ _levels**2/k - mean**2, 0)), t[250:].sum()/k, detail
     return {k: out[:, j].astype(np.float32) for j, k in enumerate(FEATURES)}
 
-# %% ../../nbs/metrics/03_shift.ipynb #9e244c58
+# %% ../../nbs/metrics/03_shift.ipynb #b775e62e
 _q = np.linspace(0, 1, 51)
 
 def _columns(df): return [c for c in df.columns if c.startswith(('prob_', 'px_'))]
 
-def _effective(v, who):
-    "how many independent values `v` is worth: n over Kish's design effect"
-    n = len(v)
-    if who is None or n < 3: return float(n)
-    _, g = np.unique(np.asarray(who).astype(str), return_inverse=True)
-    m = np.bincount(g)
-    k = len(m)
-    if k == n or k < 2: return float(k)
-    means = np.bincount(g, v)/m
-    between, within = (m*(means-v.mean())**2).sum()/(k-1), ((v-means[g])**2).sum()/(n-k)
-    m0 = (n - (m**2).sum()/n)/(k-1)
-    total = between + (m0-1)*within
-    icc = np.clip((between-within)/total, 0, 1) if total > 0 else 1.
-    return float(n/(1 + ((m**2).sum()/n - 1)*icc))
+def _counts(v, edges): return np.bincount(np.searchsorted(edges, v, 'left'), minlength=len(edges)+1)
+
+def _covariance(v, who, edges):
+    "covariance of the bins' shares, by patient, and the number of patients"
+    n, bins, b = len(v), len(edges)+1, np.searchsorted(edges, v, 'left')
+    g = np.arange(n) if who is None else np.unique(np.asarray(who).astype(str), return_inverse=True)[1]
+    k, p = int(g.max())+1, np.bincount(b, minlength=bins)/n
+    seen = np.zeros((k, bins))
+    np.add.at(seen, (g, b), 1.)
+    seen -= np.bincount(g)[:, None]*p
+    return seen.T @ seen*k/max(k-1, 1)/n**2, k
+
+def _worth(v, who, edges):
+    "how many independent values `v` is worth: n over the mean design effect of the bins' shares"
+    p, (cov, k) = _counts(v, edges)/len(v), _covariance(v, who, edges)
+    some = p > 0
+    if some.sum() < 2 or k < 2: return float(k)
+    return float(min(len(v), (some.sum()-1)/max((np.diag(cov)[some]/p[some]).sum(), 1e-12)))
 
 def _values(df, c, patient):
     d = df.filter(pl.col(c).is_not_null() & pl.col(c).is_not_nan())
     return d[c].cast(pl.Float64).to_numpy(), d[patient].to_numpy() if patient in d.columns else None
 
-def _counts(v, edges): return np.bincount(np.searchsorted(edges, v, 'left'), minlength=len(edges)+1)
-
-# %% ../../nbs/metrics/03_shift.ipynb #d0d450af
+# %% ../../nbs/metrics/03_shift.ipynb #556aab1a
 def shift_reference(
     df: pl.DataFrame,  # image rows with prob_* and px_* columns: validation images, or others the model was not trained on
     patient: str = 'patient_id',  # the column that names the patient
@@ -74,23 +77,32 @@ def shift_reference(
         v, who = _values(df, c, patient)
         if len(v) < 2: continue
         edges = np.unique(np.quantile(v, np.arange(1, 10)/10).round(6))
-        out[c] = dict(n=len(v), worth=round(_effective(v, who), 1), sd=round(float(v.std()), 6), edges=edges.tolist(),
+        out[c] = dict(n=len(v), worth=round(_worth(v, who, edges), 1), sd=round(float(v.std()), 6), edges=edges.tolist(),
                       shares=(_counts(v, edges)/len(v)).round(6).tolist(), q=np.quantile(v, _q).round(6).tolist())
     return out
 
-# %% ../../nbs/metrics/03_shift.ipynb #e7cbd8d1
+# %% ../../nbs/metrics/03_shift.ipynb #6f998774
 def _distances(r, v):
-    "`(psi, ks, wasserstein, sum of squared differences over shares, bins)` between a reference entry and values"
+    "`(psi, ks, wasserstein)` between a reference entry and values"
     ref, count = np.asarray(r['shares']), _counts(v, np.asarray(r['edges']))
     a, b = ((x*n + .5)/(n + .5*len(ref)) for x, n in ((ref, r['n']), (count/len(v), len(v))))
-    q, low = np.asarray(r['q']), np.maximum(ref, 1/r['n'])
-    s = np.sort(v)
+    q, s = np.asarray(r['q']), np.sort(v)
     above, below = np.searchsorted(s, q, 'right')/len(v), np.searchsorted(s, q, 'left')/len(v)
     ks = max(np.maximum(_q-above, below-_q)[1:-1].max(), 0)
-    return (float(((b-a)*np.log(b/a)).sum()), float(ks), float(np.abs(np.quantile(v, _q)-q).mean()/max(r['sd'], 1e-6)),
-            float(((count/len(v)-ref)**2/low).sum()), len(ref))
+    return float(((b-a)*np.log(b/a)).sum()), float(ks), float(np.abs(np.quantile(v, _q)-q).mean()/max(r['sd'], 1e-6))
 
-# %% ../../nbs/metrics/03_shift.ipynb #e2fa724f
+def _chance(r, v, who):
+    "`(p, what chance adds to the psi)`: chi-square over the bins with Rao and Scott's second-order correction for patients"
+    ref, edges = np.asarray(r['shares']), np.asarray(r['edges'])
+    cov, k = _covariance(v, who, edges)
+    a = np.maximum(ref, 1/r['n'])
+    lam = (cov + (np.diag(a)-np.outer(a, a))/max(r['worth'], 1))/np.sqrt(np.outer(a, a))
+    x2, mean, square = float(((_counts(v, edges)/len(v)-ref)**2/a).sum()), float(np.trace(lam)), float((lam*lam).sum())
+    if len(a) < 2 or mean <= 0 or k < 2: return 1., mean
+    df = mean**2/square
+    return float(fdist.sf(x2/mean, df, df*(k-1))), mean
+
+# %% ../../nbs/metrics/03_shift.ipynb #2a65dfbf
 VERDICTS = ('as in training', 'differs a little', 'differs a lot', 'too few images to say')
 
 def shift_report(
@@ -113,43 +125,52 @@ def _groups(df, by):
 
 def _row(site, c, r, v, who, alarm, least):
     "one site, one feature"
-    base = dict(site=site, feature=c, n=len(v), worth=0., median=None, reference=r['q'][25], psi=None, by_chance=None, ks=None, wasserstein=None, p=None,
-                verdict=VERDICTS[3], says=f'{FEATURES.get(c, c)}: no images')
+    base = dict(site=site, feature=c, n=len(v), worth=0., median=None, reference=r['q'][25], psi=None, by_chance=None, ks=None,
+                wasserstein=None, p=None, verdict=VERDICTS[3], says=f'{FEATURES.get(c, c)}: no images')
     if len(v) < 2: return base
-    psi, ks, w, x2, bins = _distances(r, v)
-    worth = _effective(v, who)
-    noise, m = 1/worth + 1/max(r['worth'], 1), float(np.median(v))
-    p, chance = float(chi2.sf(x2/noise, bins-1)) if bins > 1 else 1., (bins-1)*noise
+    psi, ks, w = _distances(r, v)
+    worth = _worth(v, who, np.asarray(r['edges']))
+    m, (p, chance) = float(np.median(v)), _chance(r, v, who)
     far = psi - chance
     verdict = VERDICTS[3 if worth < least else 0 if p >= alarm or far < .1 else 1 if far < .25 else 2]
     way = 'higher' if m > r['q'][25] else 'lower' if m < r['q'][25] else 'spread otherwise'
     says = f"{FEATURES.get(c, c)}: {verdict}" + (f', {way} (median {m:.3g}, at home {r["q"][25]:.3g})' if verdict in VERDICTS[1:3] else '')
     return base | dict(worth=round(worth, 1), median=m, psi=psi, by_chance=chance, ks=ks, wasserstein=w, p=p, verdict=verdict, says=says)
 
-# %% ../../nbs/metrics/03_shift.ipynb #7a663000
+# %% ../../nbs/metrics/03_shift.ipynb #92ee64ee
+_colors = dict(zip(VERDICTS, ('C0', 'C1', 'C3', '.6')))
+
+def _spans(ax, i, v, color):
+    "median, middle half and middle nine tenths of `v` on line i"
+    a, b, m, d, e = np.quantile(v, [.05, .25, .5, .75, .95])
+    ax.plot([a, e], [i, i], lw=1, color=color)
+    ax.plot([b, d], [i, i], lw=4, color=color, solid_capstyle='butt')
+    ax.plot(m, i, 'o', ms=4, color='w', mec=color)
+
 def plot_shift(
     reference: dict,  # from `shift_reference`
     df: pl.DataFrame,  # image rows of the new cohort
     by: str | None = 'site',  # a line per value of this column
     titles: dict | None = None,  # {column: what to call it}
 ) -> Sheet:
-    "Per feature: where the middle half and the middle nine tenths of each site's images lie; grey: at home."
-    cols, titles = [c for c in _columns(df) if c in reference], FEATURES | (titles or {})
-    groups = _groups(df, by)
-    fig = Sheet(figsize=(7.2, (.6 + .22*len(groups))*((len(cols)+2)//3) + .3), layout='constrained')
-    axs = np.atleast_1d(fig.subplots((len(cols)+2)//3, 3, sharey=True)).ravel()
+    "Per feature and site: median, middle half and middle nine tenths, coloured by verdict; in grey the same at home."
+    report, titles, groups = shift_report(reference, df, by), FEATURES | (titles or {}), _groups(df, by)
+    verdict = {(r['site'], r['feature']): r['verdict'] for r in report.iter_rows(named=True)}
+    cols = report['feature'].unique(maintain_order=True).to_list()
+    wide = min(3, len(cols))
+    tall = -(-len(cols)//wide)
+    fig = Sheet(figsize=(1 + 2.3*wide, .3 + (.65 + .22*len(groups))*tall), layout='constrained')
+    axs = fig.subplots(tall, wide, sharey=True, squeeze=False).ravel()
     for ax, c in zip(axs, cols):
         q = reference[c]['q']
-        ax.axvspan(np.interp(.05, _q, q), np.interp(.95, _q, q), color='.93', zorder=0)
-        ax.axvspan(np.interp(.25, _q, q), np.interp(.75, _q, q), color='.85', zorder=0)
+        for x, color in (((.05, .95), '.93'), ((.25, .75), '.84')): ax.axvspan(*np.interp(x, _q, q), color=color, zorder=0)
         for i, (name, g) in enumerate(groups):
-            v = _values(g, c, '')[0]
-            if not len(v): continue
-            a, b, m, d, e = np.quantile(v, [.05, .25, .5, .75, .95])
-            ax.plot([a, e], [i, i], lw=1, color=f'C{i % 10}')
-            ax.plot([b, d], [i, i], lw=4, color=f'C{i % 10}', solid_capstyle='butt')
-            ax.plot(m, i, 'o', ms=4, color='w', mec=f'C{i % 10}')
+            v, _ = _values(g, c, '')
+            if len(v): _spans(ax, i, v, _colors[verdict[name, c]])
         ax.set(yticks=range(len(groups)), yticklabels=[k for k, _ in groups], ylim=(len(groups)-.4, -.6))
         ax.set_title(titles.get(c, c), fontsize=9); ax.tick_params(labelsize=8)
     for ax in axs[len(cols):]: ax.axis('off')
+    seen = [v for v in VERDICTS if v in set(verdict.values())]
+    lines = [axs[0].plot([], [], lw=4, color=_colors[v])[0] for v in seen]
+    fig.legend(lines, seen, loc='outside upper center', ncols=len(seen), fontsize=8, frameon=False)
     return fig

@@ -84,7 +84,7 @@ def threshold_for_budget(
     above = p[:k][p[:k] > p[k]]
     return float(above[-1] if len(above) else np.nextafter(p[0], np.inf))
 
-# %% ../../nbs/metrics/01_thresholds.ipynb #1bee1db1
+# %% ../../nbs/metrics/01_thresholds.ipynb #b14d07aa
 def reading_load(
     y,  # studies' labels [N]: 0, 1, NaN
     p,  # studies' probabilities [N]
@@ -97,8 +97,8 @@ def reading_load(
     for b in budgets:
         t = threshold_for_budget(p, b, of)
         low, high = exact_interval((pos >= t).sum(), len(pos))
-        rows.append(dict(read=round(of*float((p >= t).mean())), threshold=t, sensitivity=float((pos >= t).mean()) if len(pos) else None, low=low, high=high,
-                         specificity=float((neg < t).mean()) if len(neg) else None))
+        share = lambda m: float(m.mean()) if len(m) else None
+        rows.append(dict(read=round(of*share(p >= t)), threshold=t, sensitivity=share(pos >= t), low=low, high=high, specificity=share(neg < t)))
     return pl.DataFrame(rows).unique('read', keep='first', maintain_order=True)
 
 # %% ../../nbs/metrics/01_thresholds.ipynb #ab3d1fa7
@@ -145,11 +145,11 @@ class _Tail:
         low = self.z[0] + np.log(np.maximum(1-tail, 1e-9)/self.f[0])
         return np.where(tail < .1, self.u - self.sigma*np.log(tail/.1), np.where(1-tail < self.f[0], low, np.interp(1-tail, self.f, self.z)))
 
-# %% ../../nbs/metrics/01_thresholds.ipynb #2b655a2f
+# %% ../../nbs/metrics/01_thresholds.ipynb #90c008a2
 class SizeModel:
     "How unusual the largest probability of a study is, given its number of images; made by `fit_size`."
     def __init__(self, tail, theta, usual): self.tail, self.theta, self.usual = tail, theta, usual
-    def draws(self, n): return 1 + (np.maximum(np.asarray(n, float), 1)-1)*self.theta
+    def draws(self, n): return np.maximum(np.asarray(n, float), 1)**self.theta
     def score(self, p, n):
         "judged score: minus the log of the chance that a negative study of n images reaches p"
         one = np.log1p(-np.minimum(np.exp(self.tail.log_tail(_logit(p))), 1-1e-9))
@@ -170,7 +170,7 @@ def fit_size(
     im = df.select('study_id', f'prob_{name}').drop_nulls().join(st.select('study_id', 'images'), on='study_id')
     n, tail = st['images'].to_numpy().astype(float), _Tail(_logit(im[f'prob_{name}']), 1/im['images'].to_numpy().astype(float))
     below = np.log1p(-np.minimum(np.exp(tail.log_tail(_logit(st[f'prob_{name}']))), 1-1e-9))
-    nll = lambda th: -(np.log(1+(n-1)*th) + (n-1)*th*below).sum()
+    nll = lambda th: -(th*np.log(n) + (n**th-1)*below).sum()
     theta = minimize_scalar(nll, bounds=(0, 1), method='bounded').x
     return SizeModel(tail, round(float(theta), 6), float(np.median(to_studies(df, [name], [column])['images'])))
 
@@ -210,7 +210,7 @@ def _chosen(y, q, s):
     return t, (f'finds {found} of {pos} positive validation studies (wanted: {_pct(s.target)}); '
                f'of new ones expect {_pct(found/(pos+1))}, at least {_pct(exact_interval(found, pos)[0])}')
 
-# %% ../../nbs/metrics/01_thresholds.ipynb #277696c7
+# %% ../../nbs/metrics/01_thresholds.ipynb #41d90421
 def choose_thresholds(
     df: pl.DataFrame,  # labelled validation image rows: study_id, patient_id, split, label columns, prob_<name>
     settings,  # the study; [thresholds] is used
@@ -234,7 +234,7 @@ def _one_choice(df, f, s):
     clear = None
     if s.clear and pos >= s.min_positives: clear = min(line, _between(threshold_for_sensitivity(y, q, s.clear), q))
     elif s.clear: note += '; no clear threshold for the same reason'
-    if s.size_aware and not model: note += '; the same for every study size, because there are too few negative validation studies or all have the same size'
+    if s.size_aware and not model: note += '; the same for every study size: too few negative validation studies, or all of one size'
     return _entry(y, q, line, clear, model) | dict(method=method, note=note)
 
 def _entry(y, q, line, clear, model):
@@ -244,8 +244,9 @@ def _entry(y, q, line, clear, model):
     size = model and dict(theta=model.theta, images=model.usual, n=list(_sizes), curves=[_curve(model, v) for v in (line, clear) if v is not None])
     found, pos = int((q[y == 1] >= line).sum()), int((y == 1).sum())
     return dict(flag=back(line), clear=back(clear), studies=int((~np.isnan(y)).sum()), positives=pos, sensitivity=share(q[y == 1] >= line),
-                sensitivity_low=round(exact_interval(found, pos)[0], 6) if pos else None, specificity=share(q[y == 0] < line), flagged_share=share(q >= line),
-                review_share=None if clear is None else share((q >= clear) & (q < line)), missed_clear=None if clear is None else int((q[y == 1] < clear).sum()), size=size)
+                sensitivity_low=round(exact_interval(found, pos)[0], 6) if pos else None, specificity=share(q[y == 0] < line),
+                flagged_share=share(q >= line), review_share=None if clear is None else share((q >= clear) & (q < line)),
+                missed_clear=None if clear is None else int((q[y == 1] < clear).sum()), size=size)
 
 # %% ../../nbs/metrics/01_thresholds.ipynb #7b5710f5
 def triage(
@@ -280,7 +281,7 @@ def size_table(
         rows.append(dict(images=float(n[m].mean()), studies=int(m.sum()), flagged=float(hit[m].mean()), low=low, high=high))
     return pl.DataFrame(rows)
 
-# %% ../../nbs/metrics/01_thresholds.ipynb #cbfc3185
+# %% ../../nbs/metrics/01_thresholds.ipynb #7c0a96d7
 def plot_inflation(
     df: pl.DataFrame,  # labelled image rows
     name: str,  # the finding's short name
@@ -297,10 +298,11 @@ def plot_inflation(
     ax = fig.subplots()
     x = np.geomspace(1, max(a['images'].max() or 1, 2), 50)
     ax.plot(x, 100*(1-(1-tail)**x), color='.6', lw=1, label='one threshold, independent images: 1−(1−p)ⁿ')
-    both = [(a, 'one threshold, seen', 'C3')] + ([(size_table(df, name, column, aware['flag'], aware['size']), 'threshold that knows the size', 'C0')] if aware else [])
-    for t, label, color in both:
+    both = [(a, 'one threshold, seen', 'C3', 1)]
+    if aware: both += [(size_table(df, name, column, aware['flag'], aware['size']), 'threshold that knows the size', 'C0', 1.04)]
+    for t, label, color, aside in both:
         v, lo, hi = (100*t[c].to_numpy() for c in ('flagged', 'low', 'high'))
-        ax.errorbar(t['images'].to_numpy()*(1 if color == 'C3' else 1.04), v, [v-lo, hi-v], marker='o', ms=4, lw=1, capsize=2, color=color, label=label)
+        ax.errorbar(aside*t['images'].to_numpy(), v, [v-lo, hi-v], marker='o', ms=4, lw=1, capsize=2, color=color, label=label)
     ax.set(xlabel='images of the study', ylabel='negative studies flagged, %', title=title, ylim=(0, None), xscale='log')
     ticks = [t for t in (1, 2, 4, 8, 16, 32, 64, 128) if t <= 1.2*x[-1]]
     ax.set_xticks(ticks, [str(t) for t in ticks], minor=False); ax.set_xticks([], minor=True)

@@ -39,6 +39,7 @@ def label(folder, manifest, dicom, settings, most):
     "The truth as labels: all images, or the first `most` training images and the rest of the splits"
     ok = manifest.filter(status='ok').sort('image_id')
     train = ok.filter(split='train')['image_id'].to_list()
+    for old in folder.glob('labels.sqlite*'): old.unlink()
     with LabelStore(folder/'labels.sqlite', settings) as store:
         store.sync_images(manifest)
         return Oracle(store, truth_path(dicom)).label(train[:most or None] + ok.filter(pl.col('split') != 'train')['image_id'].to_list())

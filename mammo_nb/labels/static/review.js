@@ -262,7 +262,7 @@ class Reviewer extends Station {
     this.grid.hidden = this.large || this.done;
     this.tiles.forEach((t, k) => {
       const p = this.rects?.[k], mine = this.mine.get(t.id), theirs = this.theirs[t.id], error = this.ring.get(t.id)?.error;
-      t.chip.textContent = mine === "skip" ? "skipped" : mine !== undefined ? this.title(mine) : theirs !== undefined ? `was ${this.title(theirs)}` : "";
+      t.chip.textContent = mine === "skip" ? "skipped" : mine !== undefined ? this.title(mine) : theirs !== undefined ? `label: ${this.title(theirs)}` : "";
       t.chip.classList.toggle("mm-mine", mine !== undefined && mine !== "skip");
       t.box.classList.toggle("mm-chosen", k === this.at);
       const heat = this.hot && this.heats.get(`${t.id} ${this.finding}`);
