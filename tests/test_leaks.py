@@ -110,6 +110,7 @@ def test_one_hold_out_row_under_another_name_is_seen(cohort, data):
     mine = pl.col('image_id') == leak
     renamed = frame.with_columns(split=pl.when(mine).then(pl.lit(other)).otherwise('split'))
     with pytest.raises(MammoError, match='no result was written'): seen_rows(renamed, m)
+    with pytest.raises(MammoError, match='no result was written'): seen_rows(renamed.drop('patient_id'), m)   # by the image alone
     moved = m.with_columns(split=pl.when(mine).then(pl.lit(other)).otherwise('split'))   # the manifest itself is wrong: one image of a patient
     if m.filter(pl.col('split') == 'hold_out', pl.col('patient_id') == held.filter(mine)['patient_id'][0])['image_id'].n_unique() > 1:
         with pytest.raises(MammoError, match='no result was written'): seen_rows(renamed, moved)

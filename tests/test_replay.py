@@ -124,3 +124,13 @@ def test_a_cohort_becomes_a_replay(tmp_path):
     assert r['labels'].unique().to_list() == [10, 20, 30, 40]
     with pytest.raises(MammoError, match='fully labelled'): replay_data(folder, s, truth.clear(), tmp_path/'x.parquet', 'plain')
     with pytest.raises(MammoError, match='use margin'): replay(tmp_path/'r.parquet', ('nonsense',))
+
+
+def test_the_whole_network_on_request(tmp_path):
+    s = toy.tiny_settings()
+    folder, _, truth = toy.toy_cohort(tmp_path/'toy', s, patients=15)
+    replay_data(folder, s, truth, tmp_path/'r.parquet', 'plain')
+    data = R._Data(tmp_path/'r.parquet', s)
+    import functools
+    rows = replay_one(data, s, 'margin', 0, 12, 12, 24, functools.partial(R._full, data, folder, s, 1))
+    assert [r['labels'] for r in rows] == [12, 24] and all(0 <= r['accuracy'] <= 1 for r in rows)

@@ -308,6 +308,19 @@ def test_page_files_are_packaged():
     for w, last in ((Labeler, 'widget.js'), (Reviewer, 'review.js')): assert str(w._esm).startswith((static/'shared.js').read_text()[:80]) and str(w._esm).endswith((static/last).read_text())
 
 
+# ---- a page of its own
+
+def test_served_page(cohort, tmp_path):
+    from mammo_nb.labels.serve import main, page_notebook, serve_labeler
+    code = page_notebook(cohort, 'zoe', ROOT/'settings.ini', review=True, bundle='b/001')['cells'][0]['source']
+    compile(code, 'cell', 'exec')
+    assert 'open_review(job(' in code and "'zoe'" in code and repr(str(cohort.parent)) in code and "bundle='b/001'" in code
+    assert 'Labeler(' in page_notebook(cohort, 'zoe', ROOT/'settings.ini')['cells'][0]['source']
+    pytest.importorskip('voila')
+    with pytest.raises(MammoError, match='Nothing to review'): serve_labeler(cohort.name, 'zoe', str(ROOT/'settings.ini'), outputs=str(cohort.parent), review=True)
+    assert main([cohort.name, '--rater', 'zoe', '--review', '--outputs', str(cohort.parent), '--settings', str(ROOT/'settings.ini')]) == 1
+
+
 # ---- the stage
 
 def test_stage_with_a_rater_writes_the_list_and_scores_by_blind_labels_only(project, tmp_path):

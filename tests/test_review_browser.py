@@ -64,13 +64,14 @@ def store(c): return LabelStore(c/'labels.sqlite', load_settings(ROOT/'settings.
 
 def test_agree_correct_undo_and_the_store_holds_what_was_pressed(lab, start):
     c = review_cohort(lab.folder/'demo_a')
-    p = start('review', c, 'x = 1')
+    p = start('review', c, 'x = 1', context=lab.context(viewport=dict(width=1700, height=640)))   # wide: pictures are narrower than their places
     before = p.source()
     assert p.words('place') == '1 / 4' and p.words('reason') == 'flagged: Biopsy tool 0.97, Magnification view 0.60' and 'hold-out' in p.words('held')
     tiles = p.tiles()
     assert [t['n'] for t in tiles] == [17, 16, 19, 18] and [t['view'] for t in tiles] == ['R-CC', 'L-CC', 'R-MLO', 'L-MLO']   # files lie L R L R
     assert all(abs(t['w']/t['h'] - 256/320) < .01 for t in tiles) and len({t['y'] for t in tiles}) == 1
     assert tiles[1]['x'] - tiles[0]['x'] - tiles[0]['w'] < 12 and tiles[3]['x'] - tiles[2]['x'] - tiles[2]['w'] < 12   # chest walls side by side
+    assert tiles[2]['x'] - tiles[1]['x'] - tiles[1]['w'] > 60
     assert p.chosen() == 17
     p.press('s').press('a')                             # the hold-out study skipped, agreed on the next
     assert p.state('ready').words('place') == '3 / 4' and p.shown() == [5, 4, 7, 6] and p.chosen() == 6

@@ -124,14 +124,18 @@ def test_labels_given_since_wait_and_changed_ones_start_anew(whole, tmp_path):
     r = train_round(d, S, int8=False, tell=said.append)
     assert 'Going on with round 1, which was interrupted. 3 labels given since are left for the next round.' in said
     assert result(r)[0].equals(result(want)[0]) and info(r)['label_snapshot'] == info(want)['label_snapshot'] and not set(ids[:3]) & set(result(r)[1]['image_id'])
-    # an answer of the round itself is changed: what was learned from it is dropped
+    # a setting of the training is changed, or an answer of the round itself: what was learned is dropped
+    killed(d, 'batch10')
+    said.clear()
+    other = train_round(d, toy.tiny_settings(epochs=5, lr=1e-3), int8=False, tell=said.append)
+    assert any('dropped, because settings of the training have changed' in x for x in said) and other.name == '002' and not info(other)['resumed']
     killed(d, 'batch10')
     with LabelStore(d/'labels.sqlite', S) as s:
         i, was = s.labels().filter(pl.col('image_id').is_in(new['image_id'].to_list())).select('image_id', 'has_mag_view').row(0)
         s.label(i, () if was else ('mag',), 'anna')
     said.clear()
     r = train_round(d, S, int8=False, tell=said.append)
-    assert any('dropped, because some of its labels have changed' in x for x in said) and not info(r)['resumed'] and r.name == '002'
+    assert any('dropped, because some of its labels have changed' in x for x in said) and not info(r)['resumed'] and r.name == '003'
 
 
 # ---- beside the labeler
@@ -147,9 +151,10 @@ def test_a_round_in_a_process_of_its_own(whole, tmp_path):
         train_round(d, S)
     with pytest.raises(MammoError, match='not waited for any longer'): h.wait(.1)
     seen, took = set(), []
+    with LabelStore(d/'labels.sqlite', S) as s: said = tuple(n for n, v in zip(S.names, s.labels().row(0)[1:]) if v)   # the same answer again: the round may or may not read it
     while h.running:   # labels go on meanwhile
         began = time.monotonic()
-        with LabelStore(d/'labels.sqlite', S) as s: s.label(f'{0:016x}', ('mag',) if len(took) % 2 else (), 'ben')
+        with LabelStore(d/'labels.sqlite', S) as s: s.label(f'{0:016x}', said, 'ben')
         took.append(time.monotonic()-began)
         seen.add(h.status()['state'])
         time.sleep(.1)

@@ -55,6 +55,15 @@ def test_alike_images_would_raise_alarms_if_they_counted_in_full():
     assert count('patient_id') <= 3 and count('nobody') > 15
 
 
+def test_images_are_worth_what_they_add():
+    home, alone = shift_reference(cohort(200, 0)), cohort(300, 1, per=(1,))
+    four = pl.concat([alone]*4)
+    worth = lambda d: shift_report(home, d)['worth'].to_numpy()
+    assert np.allclose(worth(alone), 300, rtol=.005), 'an image per patient counts in full'
+    assert np.allclose(worth(four), 300, rtol=.005), 'four copies count once'
+    assert (worth(cohort(300, 2, per=(4,), icc=.5)) > 400).all() and (worth(cohort(300, 2, per=(4,), icc=.5)) < 1100).all()
+
+
 def test_three_images_are_too_few_and_none_is_no_error():
     home = shift_reference(cohort(200, 0))
     blank = cohort(5, 3, site='blank').with_columns(pl.lit(float('nan'), pl.Float32).alias('px_mean'))

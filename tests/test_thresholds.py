@@ -161,6 +161,7 @@ def test_the_size_curve_is_the_size_model():
     moved = study_threshold(.9, n, c['size'])
     assert (np.diff(moved) > 0).all() and study_threshold(.9, m.usual, c['size']) == pytest.approx(.9, abs=1e-6)
     assert (study_threshold(c['clear'], n, c['size']) <= study_threshold(c['flag'], n, c['size'])).all()
+    assert study_threshold(.5, [1, np.e], dict(slope=1., images=1)).tolist() == pytest.approx([.5, expit(1)])
     back = json.loads(json.dumps(c, allow_nan=False))
     assert study_threshold(back['flag'], 7, back['size']) == study_threshold(c['flag'], 7, c['size'])
 

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import time
 
 import numpy as np
@@ -71,6 +72,7 @@ def test_labels_are_acknowledged_while_the_train_notebook_trains(server, tmp_pat
     folder = tmp_path/'study'
     d, s, labelled = study(folder)
     cells = train_cells(folder)
+    shutil.copy(folder/'settings.ini', server.folder/'notebooks')   # for the examples, as a notebook in a project finds it
     go = next(k for k, c in enumerate(cells) if c.startswith('j = job('))
     server.notebook('train', labeler_cell(d, queue='round-002').replace(repr(str(ROOT/'settings.ini')), repr(str(folder/'settings.ini'))), *cells)
     with sync_playwright() as play:

@@ -150,7 +150,7 @@ def _index(self:Explainer, name):
     if name in self.names: return self.names.index(name)
     raise MammoError(f"'{name}' is no finding of this model; it knows {', '.join(self.names)}.")
 
-# %% ../../nbs/learn/04_explain.ipynb #956218a8
+# %% ../../nbs/learn/04_explain.ipynb #b2e2e839
 def _pictures():
     "four small made-up mammograms"
     kinds = [dict(), dict(tool='needle'), dict(magnification=True), dict(tool='clip', magnification=True)]
@@ -174,7 +174,8 @@ def load(
     p = bundle.predict(np.stack([model_input(a, bundle.size) for a in images]))
     off = float(np.abs(np.stack([ex.prob(a) for a in images]) - p).max())
     if not off <= 1e-3:
-        raise MammoError(f"{file}: its answers differ from those of model.onnx by {off:.2g} (allowed 0.001), so it would explain another model; train the round again.")
+        raise MammoError(f"{file}: its answers differ from those of model.onnx by {off:.2g} (allowed 0.001), so it would explain another model; "
+                         "train the round again.")
     return ex
 
 # %% ../../nbs/learn/04_explain.ipynb #08a06a9a
@@ -313,7 +314,7 @@ def pointing_scores(
                     chance=round(float(d['chance'].mean()), 3) if d.height else None)
     return pl.DataFrame([row(*p) for p in parts])
 
-# %% ../../nbs/learn/04_explain.ipynb #fbf45f01
+# %% ../../nbs/learn/04_explain.ipynb #31d231a6
 def both_table(
     seen: dict,  # head's name to a table with the label columns and prob_*, the same images for each
     names,  # the findings' short names
@@ -326,6 +327,7 @@ def both_table(
         y, p = d.select(columns).to_numpy() == 1, d.select(f'prob_{n}' for n in names).to_numpy() >= threshold
         every = y.all(1)
         n = p[every].sum(1)
-        out.append(dict(head=head, images=len(n), all_named=int((n == len(names)).sum()), some_named=int(((n > 0) & (n < len(names))).sum()), none_named=int((n == 0).sum()),
+        named = dict(all_named=n == len(names), some_named=(n > 0) & (n < len(names)), none_named=n == 0)
+        out.append(dict(head=head, images=len(n), **{k: int(v.sum()) for k, v in named.items()},
                         others=int((~every).sum()), others_right=round(float((p == y)[~every].all(1).mean()), 3)))
     return pl.DataFrame(out)

@@ -6,7 +6,7 @@
 __all__ = ['SCORES', 'replay_data', 'quick_scores', 'replay_one', 'replay', 'curves', 'areas', 'paired', 'labels_needed',
            'plot_replay']
 
-# %% ../../nbs/learn/06_replay.ipynb #0e4c5879
+# %% ../../nbs/learn/06_replay.ipynb #910021a1
 import functools
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from scipy.stats import rankdata, wilcoxon
 
 from ..cohort.manifest import read_manifest
 from ..cohort.splits import check_split
-from ..cohort.thumbs import Sheet
+from ..cohort.thumbs import Sheet, Thumbnails
 from ..core.engine import map_files, write_parquet
 from ..core.settings import MammoError, load_settings
 from .acquire import COLD_STARTS, STRATEGIES, next_batch
@@ -103,11 +103,26 @@ def _light(data, known, seed):
     head = LightHead().fit(data.X[known], data.Y[known])
     return head.predict(data.X), head.predict(data.test)
 
-# %% ../../nbs/learn/06_replay.ipynb #5d4c0e2a
-def _item(path, stamp, settings_file, kw, item):
+# %% ../../nbs/learn/06_replay.ipynb #9ee8cf48
+def _full(data, cohort_dir, settings, epochs, known, seed):
+    "probabilities of all rows and of the hold-out by a network trained on the known labels"
+    import torch
+    from mammo_nb.learn.data import input_batch
+    from mammo_nb.learn.rounds import _train, logits_of
+    thumbs, frame = Thumbnails(Path(cohort_dir)/'thumbnails'), data.rows[list(map(int, known))].drop('embedding')
+    frame = check_split(frame.with_columns(pl.col(settings.columns).cast(pl.Float64)), ('train',), 'a replay')
+    model, mean, std, _ = _train(frame, thumbs, settings, epochs, seed)
+    def prob(ids):
+        z = torch.from_numpy(np.concatenate([logits_of(model, input_batch(thumbs, ids[i:i+256], settings.image.model_size), mean, std) for i in range(0, len(ids), 256)]))
+        return (torch.softmax(z, 1)[:, 1:] if settings.study.head == 'softmax' else torch.sigmoid(z)).numpy()
+    return prob(data.ids), prob(data.held['image_id'].to_list())
+
+# %% ../../nbs/learn/06_replay.ipynb #8bb175d5
+def _item(path, stamp, settings_file, full, epochs, kw, item):
     "a worker's job: one strategy, one seed"
     s = load_settings(settings_file) if settings_file else load_settings()
-    return replay_one(_data(path, stamp, settings_file), s, *item, **kw)
+    data = _data(path, stamp, settings_file)
+    return replay_one(data, s, *item, **kw, fit=functools.partial(_full, data, full, s, epochs) if full else None)
 
 def _check_names(strategies):
     for s in strategies:
@@ -121,15 +136,18 @@ def replay(
     seeds: int = 50,
     client=None,  # Dask `Client` from `engine`; None: in this process
     settings_file: str | Path | None = None,  # the study's settings.ini; None: the project's
+    full: str | Path | None = None,  # outputs/<cohort>: train the whole network on its thumbnails; None: a light head
+    epochs: int = 0,  # of the whole network; 0: as settings say
     **kw,  # first, step, last
 ) -> pl.DataFrame:  # a row per strategy, seed and number of labels
     "Replays every strategy with every seed. Raises `MammoError` for unknown strategies, or when a replay fails."
     strategies = list(dict.fromkeys(['random', *strategies]))
     _check_names(strategies)
     path = Path(path).resolve()
-    job = functools.partial(_item, str(path), path.stat().st_mtime_ns, settings_file and str(Path(settings_file).resolve()), kw)
+    job = functools.partial(_item, str(path), path.stat().st_mtime_ns, settings_file and str(Path(settings_file).resolve()),
+                            full and str(Path(full).resolve()), epochs, kw)
     rows, items = [], [(s, k) for k in range(seeds) for s in strategies]
-    for item, got, error in map_files(job, items, client, chunk=2, timeout=3600, desc='Replays' if len(items) > 50 else None):
+    for item, got, error in map_files(job, items, client, chunk=2, timeout=6*3600 if full else 3600, desc='Replays' if len(items) > 50 else None):
         if error: raise MammoError(f"The replay of {item[0]} with seed {item[1]} {error}.")
         rows += got
     order = {s: k for k, s in enumerate(strategies)}

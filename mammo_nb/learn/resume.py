@@ -10,7 +10,7 @@ import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/10_resume.ipynb #47021531
+# %% ../../nbs/learn/10_resume.ipynb #cc0ef805
 import hashlib
 import json
 import shutil
@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..core.engine import atomic_path, write_json, write_parquet
+from ..core.settings import MammoError
 from .data import TrainView
 
 # %% ../../nbs/learn/10_resume.ipynb #48d3dc91
@@ -98,19 +99,21 @@ class Keep(Callback):
         if self.learn.epoch + 1 < self.learn.n_epoch and time.monotonic() - self.last < self.every: return
         self.save(self.learn.epoch + 1)
 
-# %% ../../nbs/learn/10_resume.ipynb #d0f5a69e
+# %% ../../nbs/learn/10_resume.ipynb #34071788
 @patch
 def save(self:Keep,
     epoch: int,  # epochs done
 ):
-    "Writes the checkpoint, whole or not at all."
+    "Writes the checkpoint, whole or not at all; a full disk ends the keeping, not the training."
     chance, facts = chance_of(self.learn)
     moments, plain = _opt_state(self.learn.opt)
     amp = getattr(self.learn, 'mixed_precision', None)
     tensors = {f'model.{k}': v for k, v in self.learn.model.state_dict().items()} | moments | chance
     facts |= dict(epoch=epoch, opt=plain, losses=self.losses(), scaler=amp.scaler.state_dict() if amp and amp.scaler else None) | self.extra
-    with atomic_path(self.file) as tmp:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=dict(facts=json.dumps(facts)))
+    try:
+        with atomic_path(self.file) as tmp:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=dict(facts=json.dumps(facts)))
+    except (MammoError, SafetensorError): self.file = None   # no room for it: the training itself goes on
     self.last = time.monotonic()
 
 # %% ../../nbs/learn/10_resume.ipynb #8ada614f
@@ -132,7 +135,7 @@ def _same_answers(old, new, columns):
     b = new.select(cols).with_columns(pl.col(columns).fill_nan(None))
     return a.join(b, on=cols, how='semi', nulls_equal=True).height == a.height
 
-# %% ../../nbs/learn/10_resume.ipynb #ae66131d
+# %% ../../nbs/learn/10_resume.ipynb #0ee5bd94
 class Work:
     "The folder of a round in the making: plan, labels, checkpoint."
     def __init__(self, rounds): self.folder = Path(rounds)/'.work'
@@ -142,7 +145,7 @@ class Work:
         "what an interrupted round left, or None and why"
         try: plan, old = json.loads((self.folder/'plan.json').read_text()), pl.read_parquet(self.folder/'labels.parquet')
         except (OSError, ValueError, pl.exceptions.PolarsError): return None, ''
-        if plan.get('number') != number or not (self.folder/'training.safetensors').exists(): return None, ''
+        if plan.get('number') != number or 'known' not in plan or not (self.folder/'training.safetensors').exists(): return None, ''
         if fresh: return None, 'An interrupted round was dropped.'
         if plan['key'] != key: return None, 'An interrupted round was dropped, because settings of the training have changed since.'
         if not _same_answers(old, frame, columns): return None, 'An interrupted round was dropped, because some of its labels have changed since.'
@@ -151,16 +154,16 @@ class Work:
     def begin(self,
         number: int, key: str,  # of the round
         frame: pl.DataFrame,  # the labels as they stand
-        snapshot: str,  # their hash
+        known: dict,  # what is recorded about them: hash, time …
         columns, settings, fresh=False,
-    ):  # (frame, snapshot, sentences): those to train on
+    ):  # (frame, what is known about it, sentences): those to train on
         "Takes up an interrupted round, or makes the folder for a new one."
         left, why = self._left(number, key, frame, columns, fresh)
         if left:
             more = frame.height - left['frame'].height
             later = f' {more} labels given since are left for the next round.' if more else ''
-            return left['frame'], left['snapshot'], [f'Going on with round {number}, which was interrupted.{later}']
+            return left['frame'], left['known'], [f'Going on with round {number}, which was interrupted.{later}']
         self.drop()
         write_parquet(frame, self.folder/'labels.parquet', settings)
-        write_json(self.folder/'plan.json', dict(number=number, key=key, snapshot=snapshot))
-        return frame, snapshot, [why] if why else []
+        write_json(self.folder/'plan.json', dict(number=number, key=key, known=known))
+        return frame, known, [why] if why else []

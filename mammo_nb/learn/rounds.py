@@ -12,7 +12,7 @@ import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/01_rounds.ipynb #e658d319
+# %% ../../nbs/learn/01_rounds.ipynb #984c8de6
 import contextlib
 import copy
 import hashlib
@@ -39,7 +39,7 @@ from ..cohort.splits import check_split
 from ..cohort.thumbs import Sheet, Thumbnails
 from ..core.engine import Progress, atomic_path, write_parquet
 from ..core.settings import MammoError
-from ..labels.store import LabelStore
+from ..labels.store import LabelStore, now_utc
 from .acquire import pool_frame
 from .background import round_lock
 from .bundle import Bundle, bundle_meta, export_bundle, load_weights_safely, write_bundle_json
@@ -554,7 +554,7 @@ def _biased(how):
     if how['hold_out'] not in ('mixed', 'chosen'): return []
     return ['Not all hold-out labels were asked for by the random queue (import, review or another queue), so the hold-out scores may be biased; label the queue hold_out to its end.']
 
-# %% ../../nbs/learn/01_rounds.ipynb #7ace59cd
+# %% ../../nbs/learn/01_rounds.ipynb #d0219166
 def train_round(
     cohort_dir: str | Path,  # outputs/<cohort>
     settings,  # the study
@@ -573,15 +573,15 @@ def train_round(
     manifest = read_manifest(d)
     if not (d/'labels.sqlite').exists(): raise MammoError(_no_labels(d.name))
     with LabelStore(d/'labels.sqlite', settings) as store:
-        frame, snapshot, skipped = labelled_frame(manifest, store.labels(), settings), store.snapshot_hash(), store.queue('skipped')
-        how = sampling_of(store, frame, manifest)
-    warn = _check_labels(frame, settings, d) + _biased(how)
+        since, frame, skipped = now_utc(), labelled_frame(manifest, store.labels(), settings), store.queue('skipped')
+        known = dict(label_snapshot=store.snapshot_hash(), labels_utc=since, sampling=sampling_of(store, frame, manifest))
+    warn = _check_labels(frame, settings, d) + _biased(known['sampling'])
     (d/'rounds').mkdir(exist_ok=True)
     with contextlib.nullcontext(note) if note else round_lock(d) as note:
-        job = dict(dir=d, manifest=manifest, frame=frame, snapshot=snapshot, skipped=skipped, sampling=how, seed=seed, epochs=epochs, int8=int8, fresh=fresh)
+        job = dict(dir=d, manifest=manifest, frame=frame, known=known, skipped=skipped, seed=seed, epochs=epochs, int8=int8, fresh=fresh)
         return _round(job, settings, warn, tell, note)
 
-# %% ../../nbs/learn/01_rounds.ipynb #9241aaed
+# %% ../../nbs/learn/01_rounds.ipynb #3fc72c9d
 def _round(job, settings, warn, tell, note):
     "a round under its lock"
     d, began = job['dir'], time.monotonic()
@@ -590,12 +590,12 @@ def _round(job, settings, warn, tell, note):
     note(state='starting', round=number)
     key = plan_key(settings, number=number, seed=job['seed'], epochs=job['epochs'])
     work = Work(d/'rounds')
-    frame, job['snapshot'], said = work.begin(number, key, job['frame'], job['snapshot'], settings.columns, settings, job['fresh'])
+    frame, known, said = work.begin(number, key, job['frame'], job['known'], settings.columns, settings, job['fresh'])
     for s in said: tell(s)
     seen, thumbs = seen_rows(frame, job['manifest']), Thumbnails(d/'thumbnails')
     keep = Keep(work.folder)
     model, mean, std, facts = _train(seen, thumbs, settings, job['epochs'], job['seed'], keep, note)
-    facts |= dict(train_seconds=round(time.monotonic()-began, 1), label_snapshot=job['snapshot'], seed=job['seed'], sampling=job['sampling'], resumed=bool(said and keep.facts))
+    facts |= known | dict(train_seconds=round(time.monotonic()-began, 1), seed=job['seed'], resumed=bool(keep.facts))
     if facts['scratch'] and settings.train.pretrained != 'no': warn.insert(0, facts['weights'])
     pool = pool_frame(job['manifest'], job['frame']['image_id'], job['skipped'])
     for w in warn: tell(w)

@@ -89,7 +89,7 @@ def _verdict(k, v, lo, hi):
     if lo <= 0 <= hi: return 'no difference shown'
     return 'better' if (v > 0) != (k in _lower) else 'worse'
 
-# %% ../../nbs/metrics/02_compare.ipynb #81543ba7
+# %% ../../nbs/metrics/02_compare.ipynb #5b9c56a2
 def compare_models(
     first: pl.DataFrame,  # labelled image rows with image_id, study_id, patient_id, prob_<name>: the old model
     second: pl.DataFrame,  # image rows with image_id and prob_<name>: the new one
@@ -111,6 +111,7 @@ def compare_models(
     for k, c, t1, t2 in zip(names, columns, t, t if thresholds2 is None else thresholds2): rows += _compared_rows(e, k, c, t1, t2, n, seed, sampling)
     return pl.DataFrame(rows)
 
+# %% ../../nbs/metrics/02_compare.ipynb #3747e0b9
 def _compared_rows(e, name, column, t1, t2, n, seed, sampling):
     "the rows of one finding"
     e = e.with_columns(pl.col(column).cast(pl.Float64).fill_null(float('nan')))
@@ -125,7 +126,7 @@ def _compared_rows(e, name, column, t1, t2, n, seed, sampling):
     return [dict(finding=name, score=s, first=float(a[s][0]), second=float(b[s][0]), difference=v, low=lo, high=hi, verdict=_verdict(s, v, lo, hi),
                  delong_p=p if s == 'roc_auc' and not np.isnan(p) else None, labels=label) for s, (v, lo, hi) in diff.items()]
 
-# %% ../../nbs/metrics/02_compare.ipynb #172b8521
+# %% ../../nbs/metrics/02_compare.ipynb #f39dd7ee
 def subgroups(
     df: pl.DataFrame,  # labelled image rows: study_id, patient_id, label columns, prob_<name>, and the columns named in `by`
     by='site',  # a column or several, each on its own: site, manufacturer, view …
@@ -148,6 +149,7 @@ def subgroups(
             rows += _group_rows(c, g, part, names, columns, thresholds, level, n, seed, least, sampling_of(df))
     return pl.DataFrame(rows, infer_schema_length=None)
 
+# %% ../../nbs/metrics/02_compare.ipynb #440d0a5d
 def _group_rows(by, group, part, names, columns, thresholds, level, n, seed, least, sampling):
     e, rows = _at_level(part, names, columns, level), []
     for name, c, t in zip(names, columns, thresholds):

@@ -192,7 +192,7 @@ def exact_interval(
     a = (1-level)/2
     return (0. if hits <= 0 else float(beta.ppf(a, hits, n-hits+1))), (1. if hits >= n else float(beta.ppf(1-a, hits+1, n-hits)))
 
-# %% ../../nbs/metrics/00_scores.ipynb #43ebaa2d
+# %% ../../nbs/metrics/00_scores.ipynb #3dd148b1
 FEW = 8  # patients below which resampling says too little
 
 def _z(level, k):
@@ -207,6 +207,7 @@ def _acceleration(jack):
     s = (d**2).sum()
     return (d**3).sum()/(6*s**1.5) if s > 1e-24 else 0.
 
+# %% ../../nbs/metrics/00_scores.ipynb #ebfb6621
 def _bca(v, point, jack, k, level):
     "BCa with widened levels; never without the point itself"
     less = ((v < point).sum() + (v == point).sum()/2)/len(v)
@@ -235,7 +236,7 @@ def _gap_interval(d, boot, k, level):
     half = student.ppf((1+level)/2, max(k-1, 1))*max((e @ np.sign(d)).std(), np.sqrt(var.sum()))
     return float(max(0, min(shrunk, again)-half)), float(min(1, max(value, shrunk+half, again+half)))
 
-# %% ../../nbs/metrics/00_scores.ipynb #f4a66702
+# %% ../../nbs/metrics/00_scores.ipynb #b05b6db7
 def _leave_out(patient_id, most=200):
     "weights [K, N] that leave out a patient each, or with more than `most` patients a random group of them"
     _, inv = np.unique(np.asarray(patient_id).astype(str), return_inverse=True)
@@ -243,6 +244,7 @@ def _leave_out(patient_id, most=200):
     group = np.random.default_rng(0).permutation(k) % most if k > most else np.arange(k)
     return (np.arange(min(k, most))[:, None] != group[inv]).astype(np.float32) if k else np.zeros((0, 0), np.float32)
 
+# %% ../../nbs/metrics/00_scores.ipynb #2c7b6574
 def _in_steps(fn, df, w):
     "`fn` over many weightings, at most about 64 MB at a time"
     step = max(1, 8_000_000//max(1, df.height))
@@ -286,7 +288,7 @@ def sampling_of(
     if 'slice' in df.columns: return 'random' if df.filter((pl.col('slice') != 'random').fill_null(True)).is_empty() else 'active'
     return 'active' if 'split' in df.columns and (df['split'] == 'train').any() else 'random'
 
-# %% ../../nbs/metrics/00_scores.ipynb #2f8e30e5
+# %% ../../nbs/metrics/00_scores.ipynb #a683b38a
 def calibration_curve_of(
     y,  # labels [N]: 0, 1, NaN
     p,  # probabilities [N]
@@ -302,6 +304,7 @@ def calibration_curve_of(
         rows.append(dict(n=len(yk), predicted=float(p[b == k].mean()), observed=float(yk.mean()), low=lo, high=hi))
     return pl.DataFrame(rows, schema=dict(n=pl.Int64, predicted=pl.Float64, observed=pl.Float64, low=pl.Float64, high=pl.Float64))
 
+# %% ../../nbs/metrics/00_scores.ipynb #ccae7ebd
 def plot_calibration(
     df: pl.DataFrame,  # labelled image rows with prob_<name> columns
     names,  # the findings' short names

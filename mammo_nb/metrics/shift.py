@@ -102,7 +102,7 @@ def _chance(r, v, who):
     df = mean**2/square
     return float(fdist.sf(x2/mean, df, df*(k-1))), mean
 
-# %% ../../nbs/metrics/03_shift.ipynb #2a65dfbf
+# %% ../../nbs/metrics/03_shift.ipynb #bfcdf728
 VERDICTS = ('as in training', 'differs a little', 'differs a lot', 'too few images to say')
 
 def shift_report(
@@ -123,6 +123,7 @@ def _groups(df, by):
     if by is None or by not in df.columns: return [('all', df)]
     return sorted(((str(k[0]), g) for k, g in df.with_columns(pl.col(by).cast(pl.String).fill_null('unknown')).group_by(by)), key=lambda t: t[0])
 
+# %% ../../nbs/metrics/03_shift.ipynb #5979e9da
 def _row(site, c, r, v, who, alarm, least):
     "one site, one feature"
     base = dict(site=site, feature=c, n=len(v), worth=0., median=None, reference=r['q'][25], psi=None, by_chance=None, ks=None,
@@ -137,7 +138,7 @@ def _row(site, c, r, v, who, alarm, least):
     says = f"{FEATURES.get(c, c)}: {verdict}" + (f', {way} (median {m:.3g}, at home {r["q"][25]:.3g})' if verdict in VERDICTS[1:3] else '')
     return base | dict(worth=round(worth, 1), median=m, psi=psi, by_chance=chance, ks=ks, wasserstein=w, p=p, verdict=verdict, says=says)
 
-# %% ../../nbs/metrics/03_shift.ipynb #92ee64ee
+# %% ../../nbs/metrics/03_shift.ipynb #f24090bb
 _colors = dict(zip(VERDICTS, ('C0', 'C1', 'C3', '.6')))
 
 def _spans(ax, i, v, color):
@@ -147,6 +148,7 @@ def _spans(ax, i, v, color):
     ax.plot([b, d], [i, i], lw=4, color=color, solid_capstyle='butt')
     ax.plot(m, i, 'o', ms=4, color='w', mec=color)
 
+# %% ../../nbs/metrics/03_shift.ipynb #2a25eedb
 def plot_shift(
     reference: dict,  # from `shift_reference`
     df: pl.DataFrame,  # image rows of the new cohort

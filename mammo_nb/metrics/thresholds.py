@@ -145,7 +145,7 @@ class _Tail:
         low = self.z[0] + np.log(np.maximum(1-tail, 1e-9)/self.f[0])
         return np.where(tail < .1, self.u - self.sigma*np.log(tail/.1), np.where(1-tail < self.f[0], low, np.interp(1-tail, self.f, self.z)))
 
-# %% ../../nbs/metrics/01_thresholds.ipynb #90c008a2
+# %% ../../nbs/metrics/01_thresholds.ipynb #8d761f90
 class SizeModel:
     "How unusual the largest probability of a study is, given its number of images; made by `fit_size`."
     def __init__(self, tail, theta, usual): self.tail, self.theta, self.usual = tail, theta, usual
@@ -158,6 +158,7 @@ class SizeModel:
         "the probability at which a study of n images gets this judged score"
         return expit(self.tail.at(-np.expm1(np.log1p(-np.exp(-np.maximum(score, 1e-9)))/self.draws(n))))
 
+# %% ../../nbs/metrics/01_thresholds.ipynb #827c152a
 def fit_size(
     df: pl.DataFrame,  # labelled image rows: study_id, `column`, prob_<name>
     name: str,  # the finding's short name
@@ -174,7 +175,7 @@ def fit_size(
     theta = minimize_scalar(nll, bounds=(0, 1), method='bounded').x
     return SizeModel(tail, round(float(theta), 6), float(np.median(to_studies(df, [name], [column])['images'])))
 
-# %% ../../nbs/metrics/01_thresholds.ipynb #cf3509bb
+# %% ../../nbs/metrics/01_thresholds.ipynb #b5fb8c32
 _sizes = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 256)
 
 def _curve(model, score):
@@ -184,14 +185,19 @@ def _curve(model, score):
 def study_threshold(
     flag: float,  # the threshold of a study of usual size
     n_images,  # images of the study, or an array [N]
-    size: dict | None = None,  # what `choose_thresholds` put under `size`; None: the same threshold for all
+    size: dict | None = None,  # `size` of `choose_thresholds`, or by hand dict(slope=logits per e-fold, images=usual number); None: no effect
 ):  # the threshold(s) for studies of that many images
     "The threshold of a study as a function of its number of images."
     n = np.maximum(np.nan_to_num(np.asarray(n_images, float), nan=1.), 1)
     if not size: return np.full(n.shape, float(flag)) if n.ndim else float(flag)
-    curve = min(size['curves'], key=lambda c: abs(_logit(c['at']) - _logit(flag)))
-    t = expit(np.interp(np.log(n), np.log(size['n']), _logit(curve['t'])) + _logit(flag) - _logit(curve['at']))
+    if 'slope' in size: t = expit(_logit(flag) + size['slope']*np.log(n/size['images']))
+    else: t = _along(flag, n, size)
     return t if n.ndim else float(t)
+
+def _along(flag, n, size):
+    "on the curve that was made for the nearest threshold"
+    curve = min(size['curves'], key=lambda c: abs(_logit(c['at']) - _logit(flag)))
+    return expit(np.interp(np.log(n), np.log(size['n']), _logit(curve['t'])) + _logit(flag) - _logit(curve['at']))
 
 # %% ../../nbs/metrics/01_thresholds.ipynb #4fe9d164
 def _between(t, p):
@@ -210,7 +216,7 @@ def _chosen(y, q, s):
     return t, (f'finds {found} of {pos} positive validation studies (wanted: {_pct(s.target)}); '
                f'of new ones expect {_pct(found/(pos+1))}, at least {_pct(exact_interval(found, pos)[0])}')
 
-# %% ../../nbs/metrics/01_thresholds.ipynb #41d90421
+# %% ../../nbs/metrics/01_thresholds.ipynb #c8eb78dc
 def choose_thresholds(
     df: pl.DataFrame,  # labelled validation image rows: study_id, patient_id, split, label columns, prob_<name>
     settings,  # the study; [thresholds] is used
@@ -219,6 +225,7 @@ def choose_thresholds(
     check_split(df, ('valid',), 'The choice of thresholds')
     return {f.name: _one_choice(df.drop_nulls(f'prob_{f.name}'), f, settings.thresholds) for f in settings.findings}
 
+# %% ../../nbs/metrics/01_thresholds.ipynb #b6145a97
 def _one_choice(df, f, s):
     "the entry of one finding"
     st = to_studies(df, [f.name], [f.column])

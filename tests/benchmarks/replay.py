@@ -90,7 +90,7 @@ def main():
             parts.append(r.with_columns(encoder=pl.lit(kind)))
             for score in ('accuracy', 'balanced', 'auc'):
                 print(score, labels_needed(r, score, min(500, a.last)).drop('target').join(paired(r, score=score), on='strategy', how='left').with_columns(pl.selectors.float().round(4)))
-    df = pl.concat(parts).with_columns(pl.col('accuracy', 'balanced').round(4).cast(pl.Float32), pl.col('auc').round(3).cast(pl.Float32), pl.col('seed', 'labels', 'positives').cast(pl.Int16))
+    df = pl.concat(parts).with_columns(pl.col('accuracy').round(4).cast(pl.Float32), pl.col('balanced', 'auc').round(3).cast(pl.Float32), pl.col('seed', 'labels', 'positives').cast(pl.Int16))
     write_parquet(df, a.out, s, cohort=f'phantoms, seed {a.seed}, {len(truth)} images, {100*any_yes:.1f} % with a finding')
     tell(f'{a.out}: {a.out.stat().st_size/1000:.0f} kB')
 
