@@ -6,7 +6,7 @@
 __all__ = ['newest_bundle', 'group_inputs', 'groups_of', 'prepared', 'predict', 'with_status', 'aggregate', 'write_csv',
            'cohort_shift', 'shift_table', 'cohort_manifest', 'infer']
 
-# %% ../nbs/4_infer.ipynb #da6c8da4
+# %% ../nbs/4_infer.ipynb #65206ace
 import functools
 import itertools
 import time
@@ -23,19 +23,19 @@ from .core.settings import MammoError
 from .dicom.display import render_input
 from .dicom.read import Source
 from .learn.bundle import Bundle
+from .learn.versions import current_number, current_round
 from .metrics.shift import FEATURES, intensity_features, plot_shift, shift_report
 from .metrics.thresholds import study_threshold
 from .preprocess import demo_dicom
 
-# %% ../nbs/4_infer.ipynb #fc1b9813
+# %% ../nbs/4_infer.ipynb #bb24961a
 def newest_bundle(
     cohort_dir: str | Path,  # outputs/<cohort>
-) -> Path:  # the bundle of the latest round
-    "The cohort's own newest round; for a demo cohort, the one of demo_a. Raises `MammoError` where there is none."
+) -> Path:  # the bundle of the newest round, or of the one that was rolled back to
+    "The cohort's own current round; for a demo cohort, the one of demo_a. Raises `MammoError` where there is none."
     here = Path(cohort_dir)
     for d in (here, here.parent/'demo_a') if here.name.startswith('demo_') else (here,):
-        rounds = sorted(p.parent for p in d.glob('rounds/[0-9]*/model.onnx'))
-        if rounds: return rounds[-1]
+        if current_number(d) is not None: return current_round(d)
     raise MammoError(f"No trained model under {here/'rounds'}; run mammo run train, or name one with bundle=PATH.")
 
 # %% ../nbs/4_infer.ipynb #ead67004

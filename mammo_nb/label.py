@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['LOOKED_AT', 'open_store', 'next_round', 'pick_queue', 'ask_oracle', 'find_suspects', 'label_table', 'labelled_sheet']
 
-# %% ../nbs/2_label.ipynb #0e1e48b9
+# %% ../nbs/2_label.ipynb #501fe253
+import json
 import re
 from datetime import datetime
 from pathlib import Path
@@ -36,15 +37,18 @@ def open_store(
     store.sync_images(manifest)
     return store, manifest
 
-# %% ../nbs/2_label.ipynb #9c0ef0a2
+# %% ../nbs/2_label.ipynb #66eb49f7
 LOOKED_AT = 4000
 
 def _rounds(store): return sorted(q for q in store.queues() if re.fullmatch(r'round-\d{3,}', q))
 
 def _trained(store, folder, name):
-    "Was a model made after this queue?"
+    "Was a model made of labels given after this queue was drawn? A round that trained meanwhile was not."
     asked = datetime.fromisoformat(store.queue_time(name)).timestamp()
-    return any(p.stat().st_mtime >= asked for p in Path(folder).glob('rounds/[0-9]*/bundle.json'))
+    def since(path):
+        try: return datetime.fromisoformat(json.loads(path.read_text())['labels_utc']).timestamp()
+        except (ValueError, KeyError, TypeError): return path.stat().st_mtime
+    return any(since(p) >= asked for p in Path(folder).glob('rounds/[0-9]*/bundle.json'))
 
 def _shortlist(pool, settings, seed, most=LOOKED_AT):
     "ids worth an embedding"

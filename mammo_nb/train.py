@@ -78,7 +78,7 @@ def plot_training(
         axs[0, 1].set(xlabel='learning rate (line: used)', ylabel='loss')
     return fig
 
-# %% ../nbs/3_train.ipynb #d067b793
+# %% ../nbs/3_train.ipynb #5aae8196
 def unsure(
     pool: pl.DataFrame,  # a round's pool.parquet
     names,  # the findings' short names
@@ -86,7 +86,8 @@ def unsure(
 ) -> pl.DataFrame:  # the most uncertain unlabelled images, one of each study
     "What the model would like to be told."
     u = uncertainty(pool.select([f'prob_{k}' for k in names]).to_numpy())
-    return pool.with_columns(unsure=pl.Series(u, dtype=pl.Float64)).sort('unsure', 'image_id', descending=[True, False]).unique('study_id', keep='first', maintain_order=True).head(n)
+    return pool.with_columns(unsure=pl.Series(u, dtype=pl.Float64)).sort('unsure', 'image_id', descending=[True, False]).unique('study_id',
+        keep='first', maintain_order=True).head(n)
 
 def unsure_sheet(
     rows: pl.DataFrame,  # from `unsure`
@@ -97,7 +98,7 @@ def unsure_sheet(
     captions = ['\n'.join(f'{t} {p:.2f}' for t, p in zip(titles, ps)) for ps in rows.select([f'prob_{k}' for k in names]).iter_rows()]
     return contact_sheet((thumbs, rows['image_id'].to_list()), captions, ncols=6)
 
-# %% ../nbs/3_train.ipynb #f0ca25e1
+# %% ../nbs/3_train.ipynb #14974630
 def suspects(
     cohort_dir: Path,  # outputs/<cohort>
     labelled: pl.DataFrame,  # a round's labelled.parquet
@@ -113,7 +114,8 @@ def suspects(
     train = pl.DataFrame(dict(image_id=ids)).join(train, on='image_id', how='left', maintain_order='left')
     p = out_of_sample(x, train.select(settings.columns).to_numpy(), train['patient_id'].to_list())
     train = train.with_columns(pl.Series(c, p[:, k], dtype=pl.Float32) for k, c in enumerate(cols))
-    return label_errors(pl.concat([d.select('image_id', 'split', *settings.columns, pl.col(cols).cast(pl.Float64)) for d in (train, valid)]), settings)
+    return label_errors(pl.concat([d.select('image_id', 'split', *settings.columns, pl.col(cols).cast(pl.Float64)) for d in (train, valid)]),
+                        settings)
 
 def suspect_sheet(
     found: pl.DataFrame,  # from `suspects`
@@ -126,13 +128,14 @@ def suspect_sheet(
     captions = [f"{title[f]}\nlabel {'yes' if y else 'no'}, model {p:.2f}" for f, y, p in found.select('finding', 'label', 'prob').iter_rows()]
     return contact_sheet((thumbs, found['image_id'].to_list()), captions, ncols=6)
 
-# %% ../nbs/3_train.ipynb #580a673d
+# %% ../nbs/3_train.ipynb #3ac135c4
 def threshold_table(
     info: dict,  # a round's bundle.json
 ) -> pl.DataFrame:  # a row per finding
     "Each finding's threshold, how it was chosen, and how many of a thousand studies somebody would have to read."
     share = lambda x: '–' if x is None else f'{100*x:.0f} %'
-    rows = [dict(finding=t, threshold=round(c['flag'], 3), clear_below='–' if c['clear'] is None else f"{c['clear']:.3f}", sensitivity=share(c['sensitivity']),
+    rows = [dict(finding=t, threshold=round(c['flag'], 3), clear_below='–' if c['clear'] is None else f"{c['clear']:.3f}",
+                 sensitivity=share(c['sensitivity']),
                  read_of_1000=None if c['flagged_share'] is None else round(1000*c['flagged_share']), studies=c['studies'], with_it=c['positives'])
             for t, c in zip(info['titles'], info.get('choices', {}).values())]
     return pl.DataFrame(rows)

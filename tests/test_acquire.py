@@ -283,6 +283,8 @@ def test_stopping_advice():
     assert stopping_advice(settled, S, worth=.02)['stop'] and 'could stop' in stopping_advice(settled, S, worth=.02)['sentence']
     assert not stopping_advice(falling, S, worth=.005)['stop'] and 'still falling' in stopping_advice(falling, S, worth=.005)['sentence']
     for k in range(3): assert 'Too few' in stopping_advice(settled[:k], S)['sentence']
+    once = rounds_of([1, 1, .01, .01], [.1, .05, .05, .05])
+    assert not stopping_advice(once, S)['stop'] and 'those before them did not' in stopping_advice(once, S)['sentence']
     alone = [dict(r, probs=r['probs'].filter(pl.col('image_id').cast(pl.Int64) % 4 == k)) for k, r in enumerate(settled)]
     assert not stopping_advice(alone, S)['stop'], 'no image in common, no advice'
 
@@ -303,3 +305,11 @@ def test_stopping_does_not_look_at_the_hold_out(tmp_path):
 
 def test_margin_by_hand():
     assert margin([[.5, 0], [.9, .2], [0, 1]]).tolist() == pytest.approx([1, .4, 0])
+
+
+def test_the_spread_begins_at_the_random_slice():
+    from mammo_nb.learn.acquire import _Gate, _spread
+    Z = np.repeat([[0., 0.], [9., 0.]], 10, 0)
+    for seed in range(10):
+        gate = _Gate(range(20), range(20), 2, 1)
+        assert _spread(Z, np.ones(20), 1, gate, np.random.default_rng(seed), [gate.add(3)])[0] >= 10

@@ -9,6 +9,7 @@ import time
 import numpy as np
 import polars as pl
 import pytest
+from mammo_nb.core.settings import load_settings
 from hypothesis import given, settings as hyp, strategies as st
 
 import toy_cohort as toy
@@ -163,12 +164,13 @@ def test_a_round_leaves_a_whole_bundle(trained):
     assert (r1.name, r2.name) == ('001', '002') and not said and {p.name for p in (d/'rounds').glob('.*')} == {'.lock', '.progress.json'}
     names = {p.relative_to(r1).as_posix() for p in r1.rglob('*') if p.is_file()}
     assert names == {'model.onnx', 'model.int8.onnx', 'weights.safetensors', 'bundle.json', 'MODEL_CARD.md', 'labelled.parquet', 'pool.parquet',
-                     'figures/learning_curve.png', 'figures/confusion.png', 'figures/calibration.png'}
+                     'figures/learning_curve.png', 'figures/confusion.png', 'figures/calibration.png'} | ({'figures/failures.png'} if info(r1)['failures'] else set())
     i = info(r1)
     assert all(sha256_file(r1/k) == v for k, v in i['files'].items()) and set(i['files']) == names-{'bundle.json'}
     b = Bundle.load(r1)
     assert b.id == i['id'] and b.id.startswith('toy-r001-') and i['agreement']['fp32']['max_dp'] <= 1e-4 and i['labels']['hold_out'] == 16
     assert i['scores']['image']['n'] == 16 and i['scores']['study']['n'] == 4 and 'hold-out' in (r1/'MODEL_CARD.md').read_text()
+    assert sum(sum(v.values()) for v in i['data']['view'].values()) == sum(i['labels'][k] for k in ('train', 'valid', 'hold_out'))
 
 
 def test_same_labels_and_settings_same_probabilities(trained):
@@ -368,3 +370,17 @@ def test_the_learning_rate_test_restores_the_network_and_never_says_nonsense(tmp
     assert all(torch.equal(v, before[k]) for k, v in learn.model.state_dict().items())
     assert not list((tmp_path).rglob('*.pth'))
     assert find_lr(learn, 3e-3, 6)[0] == 3e-3, 'too few points to say anything'
+
+
+def test_validation_counts_what_was_said_blind(tmp_path):
+    from mammo_nb.labels.store import Event, LabelStore
+    from mammo_nb.learn.rounds import fair_labels
+    s = load_settings()
+    m = pl.DataFrame([dict(image_id=f'{k:016x}', path=f'{k}.dcm', study_id=f's{k}', patient_id=f'p{k}', view='L-CC', frame=0, status='ok', split=x)
+                      for k, x in enumerate(('train', 'valid', 'valid', 'hold_out'))])
+    with LabelStore(tmp_path/'labels.sqlite', s) as store:
+        store.sync_images(m)
+        store.add(Event('c', 1, 'anna', m['image_id'][2], (), '2026-01-01T00:00:00.000Z', 900))
+        for k in range(4): store.add(Event('c', 2 + k, 'anna', m['image_id'][k], ('mag',), '2026-01-02T00:00:00.000Z', 900, saw_model=True))
+        got = {r['image_id']: r['has_mag_view'] for r in fair_labels(store, m).iter_rows(named=True)}
+    assert got == {m['image_id'][0]: 1, m['image_id'][2]: 0}, 'training takes everything, validation only the blind answer'

@@ -134,3 +134,13 @@ def test_the_whole_network_on_request(tmp_path):
     import functools
     rows = replay_one(data, s, 'margin', 0, 12, 12, 24, functools.partial(R._full, data, folder, s, 1))
     assert [r['labels'] for r in rows] == [12, 24] and all(0 <= r['accuracy'] <= 1 for r in rows)
+
+
+def test_random_sampling_starts_at_random(tmp_path):
+    points(p := tmp_path/'p.parquet', patients=40)
+    data, first = R._Data(p, S), {}
+    for k in ('random', 'margin', 'random+margin'):
+        got = []
+        replay_one(data, S, k, 2, 10, 10, 10, lambda known, seed: (got.append([data.ids[i] for i in known]), R._light(data, known, seed))[1])
+        first[k] = got[0]
+    assert first['random'] == first['random+margin'] == R.next_batch(data.pool, 10, S, 2*1009, strategy='random') and first['margin'] != first['random']

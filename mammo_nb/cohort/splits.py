@@ -35,7 +35,7 @@ def split_of(
     u, s = uniform(key, patient_id), settings.splits
     return 'hold_out' if u < s.hold_out else 'valid' if u < s.hold_out + s.valid else 'train'
 
-# %% ../../nbs/cohort/01_splits.ipynb #48741bbe
+# %% ../../nbs/cohort/01_splits.ipynb #95439d24
 def check_split(
     frame: pl.DataFrame,  # rows with a column `split`, and `patient_id` where known
     allowed=('train', 'valid'),  # the splits that may take part in this step
@@ -43,16 +43,20 @@ def check_split(
 ) -> pl.DataFrame:  # the same frame
     "Stops a step that would see rows it must not see. Raises `MammoError` that counts them; the step has written no result then."
     ok = ' and '.join(allowed)
-    if 'split' not in frame.columns: raise MammoError(f"{what} was handed rows without a split, so a leak could not be seen; no result was written. Join the manifest's split.")
+    if 'split' not in frame.columns:
+        raise MammoError(f"{what} was handed rows without a split, so a leak could not be seen; no result was written. Join the manifest's split.")
     wrong = frame.filter(~pl.col('split').is_in(list(allowed)).fill_null(False))
     if wrong.height:
         each = ', '.join(f"{n} of {s or 'no split'}" for s, n in wrong.group_by('split').len().sort('split').iter_rows())
-        raise MammoError(f"{what} uses {ok} rows only and was handed {wrong.height} of {frame.height} rows that must not be there ({each}); no result was written.")
+        raise MammoError(f"{what} uses {ok} rows only and was handed {wrong.height} of {frame.height} rows that must not be there ({each}); "
+                         "no result was written.")
     return _check_patients(frame, what)
 
 def _check_patients(frame, what):
     "no patient in two splits of one frame"
     if 'patient_id' not in frame.columns: return frame
     n = frame.drop_nulls('patient_id').group_by('patient_id').agg(pl.col('split').n_unique()).filter(pl.col('split') > 1).height
-    if n: raise MammoError(f"{what} was handed {n} patient{'s' if n > 1 else ''} with images in two splits; no result was written. Make the manifest again.")
+    if n:
+        raise MammoError(f"{what} was handed {n} patient{'s' if n > 1 else ''} with images in two splits; no result was written. "
+                         "Make the manifest again.")
     return frame

@@ -390,6 +390,19 @@ def _check_compute():
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return rows + [('cores', str(cores), True)]
 
+# %% ../../nbs/core/02_run.ipynb #cbe087ef
+@app.command('review')
+def _cmd_review(
+    cohort: str = typer.Argument(help='The cohort to review.'),
+    rater: str = typer.Option(..., help='Your name; labels carry it.'),
+    bundle: str = typer.Option('', help="Whose answers; default: the newest round's."),
+    port: int = typer.Option(0, help='Port on 127.0.0.1; 0 picks a free one.'),
+):
+    "Serve the reviewer in a browser, on this machine only."
+    more = ['--bundle', bundle] if bundle else []
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, '-m', 'mammo_nb.labels.serve', cohort, '--rater', rater, '--port', str(port), '--review', *more])
+
 # %% ../../nbs/core/02_run.ipynb #bd2fa525
 def _check_project():
     rows = []

@@ -15,8 +15,8 @@ from pydicom.dataset import Dataset
 from .read import (Frame, ReadError, Source, get_items, get_number, get_numbers, get_text, get_value, layout,
                                  open_source)
 
-# %% ../../nbs/dicom/01_display.ipynb #4747d370
-PREPROCESSING_VERSION = 1
+# %% ../../nbs/dicom/01_display.ipynb #bf13e75f
+PREPROCESSING_VERSION = 2
 
 # %% ../../nbs/dicom/01_display.ipynb #a7d8eb49
 def _places(ds, group, frame):

@@ -6,7 +6,7 @@
 __all__ = ['OUTCOMES', 'MOST', 'lines', 'review_list', 'hanging_order', 'Pictures', 'image_answers', 'shown_images', 'reviewed',
            'write_reviewed_csv', 'Reviewer']
 
-# %% ../../nbs/labels/03_review.ipynb #ec20b6c4
+# %% ../../nbs/labels/03_review.ipynb #b63e3e94
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +15,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import polars as pl
-import traitlets as T
 from fastcore.basics import patch
 
-from ..cohort.files import source_path
-from ..cohort.manifest import source_dir
 from ..cohort.thumbs import Thumbnails, contact_sheet
 from ..core.engine import write_text
 from ..core.settings import MammoError, Settings
@@ -42,7 +39,7 @@ def lines(
 
 def _count(studies): return studies['image_count'] if 'image_count' in studies.columns else pl.repeat(1, studies.height, eager=True)
 
-# %% ../../nbs/labels/03_review.ipynb #6155521e
+# %% ../../nbs/labels/03_review.ipynb #359b5b0c
 def review_list(
     studies: pl.DataFrame,  # from stage 4: study_id, has_*, max_prob_*, image_count, perhaps decision_*
     settings: Settings,  # the study
@@ -56,7 +53,8 @@ def review_list(
     over, pick = [pl.col(f'max_prob_{n}') - pl.col(f'line_{n}') for n in names], lambda cols: pl.concat_list(cols).list.get(pl.col('best'))
     s = s.with_columns(flagged=pl.any_horizontal(settings.columns), over=pl.max_horizontal(over), best=pl.concat_list(over).list.arg_max())
     s = s.with_columns(prob=pick([f'max_prob_{n}' for n in names]), threshold=pick([f'line_{n}' for n in names]),
-                       finding=pl.col('best').replace_strict(dict(enumerate(names)), return_dtype=pl.String)).sort('over', 'study_id', descending=[True, False])
+                       finding=pl.col('best').replace_strict(dict(enumerate(names)), return_dtype=pl.String))
+    s = s.sort('over', 'study_id', descending=[True, False])
     near, said = s.filter(~pl.col('flagged')), [c for c in s.columns if c.startswith('decision_')]
     if said: near = near.filter(pl.any_horizontal(pl.col(said) == 'review'))
     parts = [s.filter('flagged').with_columns(kind=pl.lit('flagged')), near.head(borderline).with_columns(kind=pl.lit('borderline'))]
@@ -175,7 +173,7 @@ def reviewed(
         rows += _reviewed_rows(study, kind, part, names, said, times)
     return pl.DataFrame(rows, schema=_reviewed_schema(names), orient='row')
 
-# %% ../../nbs/labels/03_review.ipynb #bba1be9e
+# %% ../../nbs/labels/03_review.ipynb #6c526ebb
 def _reviewed_schema(names):
     I, F, S = pl.Int64, pl.Float64, pl.String
     return dict(study_id=S, kind=S, **{f'model_{n}': I for n in names}, **{f'max_prob_{n}': F for n in names}, **{f'reviewed_{n}': I for n in names},
@@ -192,7 +190,8 @@ def _reviewed_rows(study, kind, part, names, said, times):
         outcome = _outcome(mine, answers, names)
         if outcome == 'unseen': continue
         when = max(t for i, l in zip(ids, mine) if l is not None and (t := times[rater].get(i)))
-        out.append((study, kind, *model[0], *model[1], *(_answer(mine, n) for n in names), outcome, rater, when, len(ids), sum(isinstance(l, tuple) for l in mine)))
+        labelled = sum(isinstance(l, tuple) for l in mine)
+        out.append((study, kind, *model[0], *model[1], *(_answer(mine, n) for n in names), outcome, rater, when, len(ids), labelled))
     return out or [(study, kind, *model[0], *model[1], *(None for _ in names), 'unseen', None, None, len(ids), 0)]
 
 _reviewed_of = reviewed  # the reviewer has a method of that name
@@ -272,7 +271,7 @@ def _why(self:Reviewer, study, rows):
     yes = [n for n in title if rows[f'says_{n}'].max()] or [finding]
     return f"{study['kind']}: " + ', '.join(f'{title[n]} {most[n]:.2f}' for n in sorted(yes, key=lambda n: n != finding) if most[n] is not None)
 
-# %% ../../nbs/labels/03_review.ipynb #1f04b6c0
+# %% ../../nbs/labels/03_review.ipynb #cbd1b48f
 @patch
 def _mine(self:Reviewer):
     "The rater's answers to the list's images; a skip counts only if it was made here"
@@ -282,7 +281,8 @@ def _mine(self:Reviewer):
 @patch
 def _state(self:Reviewer, queue):
     store, mine, names, cols = self.store, self._mine(), self.settings.names, self.settings.columns
-    said = {i: [n for n, v in zip(names, vs) if v] for i, *vs in store.labels().select('image_id', *cols).iter_rows() if i in self._says and i not in mine}
+    labels = store.labels().select('image_id', *cols).iter_rows()
+    said = {i: [n for n, v in zip(names, vs) if v] for i, *vs in labels if i in self._says and i not in mine}
     images = {}
     for i, (probs, says) in self._says.items():
         rows, columns = self._size.get(i, (None, None))
@@ -292,7 +292,7 @@ def _state(self:Reviewer, queue):
     return dict(queue='review', studies=self._list, images=images, mine=mine, theirs=said, history=history, explains=self.cam is not None,
                 holder=store.lease(self.rater), time=now_utc(), last=last[0].time if last else None)
 
-# %% ../../nbs/labels/03_review.ipynb #a2dfe065
+# %% ../../nbs/labels/03_review.ipynb #5d4bdb70
 @patch
 def _on_images(self:Reviewer, to, m):
     have = [i for i in m['ids'][:64] if i in self._says]
@@ -305,7 +305,8 @@ def _on_images(self:Reviewer, to, m):
 @patch
 def _send_picture(self:Reviewer, to, i):
     try: self._say_image(to, i, self.pictures.png(i))
-    except Exception as e: self._say(to, 'image', id=i, error=str(e) if isinstance(e, MammoError) else f'This image could not be read ({type(e).__name__}).')
+    except MammoError as e: self._say(to, 'image', id=i, error=str(e))
+    except Exception as e: self._say(to, 'image', id=i, error=f'This image could not be read ({type(e).__name__}).')
     finally: self._reading.discard((to, i))
 
 @patch
@@ -348,14 +349,15 @@ def _on_export(self:Reviewer, to, m):
     seen = df.filter(pl.col('outcome') != 'unseen')['study_id'].n_unique()
     self._say(to, 'exported', rows=n, text=f'{self.csv.name} written: {seen} of {self.studies.height} studies reviewed')
 
-# %% ../../nbs/labels/03_review.ipynb #bd38ffe8
+# %% ../../nbs/labels/03_review.ipynb #cf32525c
 @patch
 def summary(self:Reviewer) -> str:
     "One line: where this rater stands in this list."
     df = self.reviewed(self.rater)
     n = {o: df.filter(outcome=o).height for o in OUTCOMES}
     per = ', '.join(f'{k} {n[k]}' for k in OUTCOMES[:-1] if n[k])
-    return f"{self.cohort} · rater {self.rater} · review: {df.height - n['unseen']} of {df.height} studies seen{f' ({per})' if per else ''}, {n['unseen']} to go"
+    per = f' ({per})' if per else ''
+    return f"{self.cohort} · rater {self.rater} · review: {df.height - n['unseen']} of {df.height} studies seen{per}, {n['unseen']} to go"
 
 @patch
 def sheet(self:Reviewer,

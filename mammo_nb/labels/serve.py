@@ -90,7 +90,7 @@ def _wait(proc, url, log, seconds):
     lines = Path(log).read_text(errors='replace').strip().splitlines() or ['it said nothing']
     raise MammoError(f"Voila did not start: {lines[-1]}")
 
-# %% ../../nbs/labels/02_serve.ipynb #6ccf27b6
+# %% ../../nbs/labels/02_serve.ipynb #29901aa2
 def serve_labeler(
     cohort: str,  # its name
     rater: str,  # whose labels
@@ -125,7 +125,8 @@ def serve_labeler(
         with open(log, 'w') as out: proc = subprocess.Popen([sys.executable, '-m', 'voila', str(nb)], cwd=d, stdout=out, stderr=out, env=env)
         try:
             _wait(proc, f'http://127.0.0.1:{port}/', log, seconds)
-            show(f'{"Reviewer" if review else "Labeler"} for {rater}, cohort {cohort}: http://127.0.0.1:{port}/?token={token}\nCtrl-C ends it; labels are saved as they are made.')
+            what = 'Reviewer' if review else 'Labeler'
+            show(f'{what} for {rater}, cohort {cohort}: http://127.0.0.1:{port}/?token={token}\nCtrl-C ends it; labels are saved as they are made.')
             return proc.wait()
         except KeyboardInterrupt: return 0
         finally:

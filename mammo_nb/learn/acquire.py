@@ -285,11 +285,11 @@ def _finding_errors(df, f, least, schema):
     d = d.with_columns(finding=pl.lit(f.name), quality=pl.Series(np.where(y == 1, p, 1-p))).filter(pl.Series(bad))
     return d.select(*(pl.col(c).cast(t) for c, t in schema.items()))
 
-# %% ../../nbs/learn/02_acquire.ipynb #36e3eb2b
+# %% ../../nbs/learn/02_acquire.ipynb #60783b7e
 def _agreement(a, b, columns, cut):
     "Cohen's kappa of two models' answers about the images both have judged, over all findings; (kappa, images)"
     both = a.join(b, on='image_id', suffix='_b')
-    if not both.height: return None, 0
+    if both.height < 20: return None, both.height
     x, y = (both.select(c).to_numpy() >= cut for c in (columns, [f'{c}_b' for c in columns]))
     x, y = x.ravel(), y.ravel()
     chance = x.mean()*y.mean() + (1-x.mean())*(1-y.mean())
@@ -304,7 +304,7 @@ def _gain(labels, errors, batch):
     curve = lambda m: float(np.exp(at+min(slope, 0.)*np.log(m)))
     return curve(n[-1]) - curve(n[-1]+batch)
 
-# %% ../../nbs/learn/02_acquire.ipynb #61af674e
+# %% ../../nbs/learn/02_acquire.ipynb #d4c5fc2f
 def stopping_advice(
     rounds: list[dict],  # oldest first: labels (training), probs (frame: image_id, prob_* of unlabelled images), error (validation, 0…1, or None)
     settings,  # the study: findings, thresholds, train.queue_size
@@ -325,10 +325,11 @@ def stopping_advice(
     if len(kappa) < patience: text = f'Too few rounds to say whether more labels help; {cost}.'
     elif stop: text = f'The last models agree (kappa {kappa[-1]:.2f} on {pairs[-1][1]} unlabelled images); {cost}. You could stop here and label the hold-out.'
     elif still: text = f'The last models agree (kappa {kappa[-1]:.2f}), but the validation errors are still falling: {cost}. Go on.'
+    elif (kappa[-1] or 0) >= agree: text = f'The last two models agree (kappa {kappa[-1]:.2f}), those before them did not yet; {cost}. Go on.'
     else: text = f'The models still change their minds ({_words(kappa[-1])}); {cost}. Go on.'
     return dict(stop=bool(stop), kappa=kappa, gain=gain, minutes=minutes, sentence=text)
 
-def _words(k): return 'they share no unlabelled image to compare' if k is None else f'kappa {k:.2f} between the last two'
+def _words(k): return 'too few unlabelled images are left to compare' if k is None else f'kappa {k:.2f} between the last two'
 
 # %% ../../nbs/learn/02_acquire.ipynb #af751987
 def stopping_rounds(

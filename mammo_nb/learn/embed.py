@@ -125,17 +125,12 @@ def plain_encoder(
     run = lambda x: np.stack([plain_features(a) for a in x])
     return Encoder(f'plain-{settings.image.model_size}-{PLAIN_VERSION}', settings.image.model_size, run, 'measurements without a network (nothing was learnt yet)')
 
-# %% ../../nbs/learn/05_embed.ipynb #df8bf823
+# %% ../../nbs/learn/05_embed.ipynb #b2f57625
 def _maybe_weights():
     "could there be weights on this machine? looks at file names only"
     hub = Path(os.environ.get('TORCH_HOME') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'torch')/'hub'/'checkpoints'
     folders = [Path(p) for p in (os.environ.get('MAMMO_WEIGHTS'), hub) if p]
     return any(p.suffix in ('.pth', '.pt', '.safetensors') for f in folders if f.is_dir() for p in f.iterdir())
-
-def _newest(cohort_dir):
-    "the newest round that is whole"
-    rounds = [p.parent for p in Path(cohort_dir).glob('rounds/[0-9]*/model.onnx') if p.parent.name.isdigit() and (p.parent/'bundle.json').exists()]
-    return max(rounds, key=lambda p: int(p.name), default=None)
 
 def find_encoder(
     cohort_dir: str | Path,  # outputs/<cohort>
@@ -144,7 +139,8 @@ def find_encoder(
 ) -> Encoder:
     "The encoder by that name. Raises `MammoError` where there is none."
     if isinstance(encoder, str) and encoder in ('auto', 'round'):
-        if newest := _newest(cohort_dir): return bundle_encoder(newest)
+        from mammo_nb.learn.versions import current_number, current_round  # which leads back here
+        if current_number(cohort_dir) is not None: return bundle_encoder(current_round(cohort_dir))
         if encoder == 'round': raise MammoError(f"encoder = round: cohort {Path(cohort_dir).name} has no trained round yet; use auto.")
         return (settings.train.pretrained != 'no' and _maybe_weights() and imagenet_encoder(settings)) or plain_encoder(settings)
     if encoder == 'plain': return plain_encoder(settings)

@@ -228,7 +228,7 @@ def labels_needed(
         out.append(dict(strategy=k, target=goal(base.mean(0)), labels=need, ratio=need/at, low=float(low)/at, high=float(high)/at))
     return pl.DataFrame(out)
 
-# %% ../../nbs/learn/06_replay.ipynb #07578b3f
+# %% ../../nbs/learn/06_replay.ipynb #98873cd0
 _colours = ('#888888', '#4477aa', '#ee6677', '#228833', '#ccbb44', '#66ccee', '#aa3377', '#bbbbbb')
 
 def plot_replay(
@@ -236,16 +236,18 @@ def plot_replay(
     scores=('accuracy', 'balanced', 'auc'),  # a panel each
     at: int | None = None,  # labels at which random sampling sets the target; None: no target
     title: str = '',
+    bands=('random', 'margin'),  # strategies drawn with their band
 ) -> Sheet:
-    "Learning curves with bands over seeds; random sampling is always there."
+    "Learning curves, some with bands over seeds; random sampling is always there."
     names = dict(accuracy='accuracy', balanced='balanced accuracy', auc='ROC-AUC')
     fig = Sheet(figsize=(3.3*len(scores)+.4, 3.1), layout='constrained')
     for ax, score in zip(np.atleast_1d(fig.subplots(1, len(scores))), scores):
         c = curves(rows, score)
         for k, (name, colour) in enumerate(zip(c['strategy'].unique(maintain_order=True), _colours)):
             d = c.filter(pl.col('strategy') == name)
-            ax.fill_between(d['labels'], d['low'], d['high'], color=colour, alpha=.15, lw=0)
-            ax.plot(d['labels'], d['mean'], color=colour, lw=1.6, label=name, ls='--' if name == 'random' else '-')
+            if name in bands: ax.fill_between(d['labels'], d['low'], d['high'], color=colour, alpha=.15, lw=0)
+            first = name in bands
+            ax.plot(d['labels'], d['mean'], color=colour, lw=2 if first else 1, label=name, ls='--' if name == 'random' else '-', zorder=3 if first else 2)
         if at:
             t = labels_needed(rows, score, at, n=2)['target'][0]
             ax.axhline(t, color='k', lw=.6, ls=':')

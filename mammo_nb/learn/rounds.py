@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'IMAGENET', 'Detail', 'make_model', 'find_weights', 'MemoryLRFinder', 'find_lr', 'CpuBf16', 'fast_bf16',
            'make_learner', 'n_epochs', 'fit', 'logits_of', 'probs_of', 'history', 'plot_learning_curve',
-           'plot_confusion', 'model_card', 'seen_rows', 'sampling_of', 'train_round', 'calibration_rows']
+           'plot_confusion', 'seen_rows', 'sampling_of', 'fair_labels', 'train_round', 'calibration_rows']
 
 # %% ../../nbs/learn/01_rounds.ipynb #6f281d76
 import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/01_rounds.ipynb #984c8de6
+# %% ../../nbs/learn/01_rounds.ipynb #c3f8ca6d
 import contextlib
 import copy
 import hashlib
@@ -43,6 +43,7 @@ from ..labels.store import LabelStore, now_utc
 from .acquire import pool_frame
 from .background import round_lock
 from .bundle import Bundle, bundle_meta, export_bundle, load_weights_safely, write_bundle_json
+from .card import data_counts, failures, failures_sheet, model_card
 from .data import input_batch, labelled_frame, make_dls, make_loss, n_outputs
 from .resume import Keep, Work, plan_key
 from .tracking import log_round
@@ -441,38 +442,6 @@ def plot_confusion(
         ax.set_title(t, fontsize=9)
     return fig
 
-# %% ../../nbs/learn/01_rounds.ipynb #7e03f0d9
-def _val(s): return 'unknown' if not s or s['value'] is None else f"{s['value']:.3f} ({s['low']:.3f} to {s['high']:.3f})"
-
-def _card_results(info):
-    "the lines on the hold-out"
-    img = (info.get('scores') or {}).get('image')
-    if not img: return ['No hold-out image is labelled; nothing is known about its accuracy.', '']
-    rows = [f"| {t} | {s['n']} | {s['positives']} | {_val(s['sensitivity'])} | {_val(s['specificity'])} | {_val(s['roc_auc'])} | {th:.2f} |"
-            for t, s, th in zip(info['titles'], img['findings'].values(), info['thresholds'])]
-    return [f"Per image, 95 % intervals by patient bootstrap. Accuracy over all findings {_val(img['accuracy'])}, "
-            f"exact match {_val(img['exact_match'])}.", '',
-            '| finding | images | positives | sensitivity | specificity | ROC-AUC | threshold |', '| --- | --- | --- | --- | --- | --- | --- |', *rows, '']
-
-def _card_technical(info):
-    a = info['agreement']
-    yield (f"Preprocessing version {info['preprocessing_version']}, temperature {info['temperature']:.2f}, head {info['head']}. "
-           f"ONNX against torch: largest difference {a['fp32']['max_dp']:.1e}.")
-    if 'int8' in a: yield f"int8 against fp32: mean difference {a['int8']['mean_dp']:.4f}, {100*a['int8']['flipped']:.1f} % of answers differ."
-
-# %% ../../nbs/learn/01_rounds.ipynb #0cd39db1
-def model_card(
-    info: dict,  # what goes into `bundle.json`
-) -> str:  # Markdown
-    "A short model card: what it is for, what it was made from, how well it does."
-    n, start = info['labels'], 'trained from scratch.' if info['scratch'] else info['weights']
-    return '\n'.join([
-        f"# {info['id']}", '', f"Flags mammograms with: {', '.join(info['titles'])}. For sorting archives in research; "
-        'not a medical device, and no help in a diagnosis.', '',
-        '## Made from', '', f"Cohort {info['cohort']}, round {info['round']}: {n['train']} training, {n['valid']} validation and {n['hold_out']} hold-out "
-        f"labels (label snapshot {info['label_snapshot']}), split by patient. Network {info['arch']} at {info['size']} pixels, {start}", '',
-        '## Hold-out results', '', *_card_results(info), '## Technical', '', *_card_technical(info), ''])
-
 # %% ../../nbs/learn/01_rounds.ipynb #e0787f9e
 MEAN, STD = 0., .25
 IMAGENET = (.449, .226)
@@ -533,7 +502,7 @@ def seen_rows(
     if n: raise MammoError(f"training was handed {n} images of hold-out patients; no result was written. Make the manifest again.")
     return seen.drop('frozen')
 
-# %% ../../nbs/learn/01_rounds.ipynb #ed7d7695
+# %% ../../nbs/learn/01_rounds.ipynb #dceb18d1
 def sampling_of(
     store: LabelStore,
     frame: pl.DataFrame,  # from `labelled_frame`
@@ -541,7 +510,8 @@ def sampling_of(
 ) -> dict:  # {split: 'all' | 'random' | 'chosen' | 'mixed' | 'none'}
     "How the labelled images of each split were come by: the hold-out's are unbiased when it says all or random."
     first = {}
-    for i, q in store._all("SELECT image_id, queue FROM events WHERE label NOT IN ('skip', 'undo') ORDER BY time, client, seq"): first.setdefault(i, q or '')
+    for i, q in store._all("SELECT image_id, queue FROM events WHERE label NOT IN ('skip', 'undo') ORDER BY time, client, seq"): first.setdefault(i,
+        q or '')
     good = manifest.filter(pl.col('status') == 'ok').unique('image_id')
     def how(split):
         ids, total = frame.filter(pl.col('split') == split)['image_id'].to_list(), (good['split'] == split).sum()
@@ -552,9 +522,19 @@ def sampling_of(
 def _biased(how):
     "a warning where the hold-out is no random sample"
     if how['hold_out'] not in ('mixed', 'chosen'): return []
-    return ['Not all hold-out labels were asked for by the random queue (import, review or another queue), so the hold-out scores may be biased; label the queue hold_out to its end.']
+    return ['Not all hold-out labels were asked for by the random queue (import, review or another queue), so the hold-out scores may be biased; '
+            'label the queue hold_out to its end.']
 
-# %% ../../nbs/learn/01_rounds.ipynb #d0219166
+# %% ../../nbs/learn/01_rounds.ipynb #aca45ee7
+def fair_labels(
+    store: LabelStore,
+    manifest: pl.DataFrame,  # of the same cohort: image_id, split
+) -> pl.DataFrame:  # as `store.labels()`
+    "All labels of training images, the blind ones of the others."
+    learn = manifest.filter(split='train').select('image_id')
+    return pl.concat([store.labels().join(learn, on='image_id', how='semi'), store.labels(blind=True).join(learn, on='image_id', how='anti')])
+
+# %% ../../nbs/learn/01_rounds.ipynb #fb047d6f
 def train_round(
     cohort_dir: str | Path,  # outputs/<cohort>
     settings,  # the study
@@ -567,14 +547,15 @@ def train_round(
 ) -> Path:  # the bundle's folder, rounds/NNN
     """Trains on the labels there are and writes a bundle, whole or not at all.
 
-    The same labels and settings give the same probabilities on one machine, also when the round was killed and started again. Hold-out images are scored at the end and touch nothing else.
+    The same labels and settings give the same probabilities on one machine, also when the round was killed and started again.
+    Hold-out images are scored at the end and touch nothing else.
     Raises `MammoError` without a cohort or labels, for unknown networks, full disks, leaks, and while another round is running."""
     d, seed = Path(cohort_dir), settings.study.seed if seed is None else seed
     manifest = read_manifest(d)
     if not (d/'labels.sqlite').exists(): raise MammoError(_no_labels(d.name))
     with LabelStore(d/'labels.sqlite', settings) as store:
-        since, frame, skipped = now_utc(), labelled_frame(manifest, store.labels(), settings), store.queue('skipped')
-        known = dict(label_snapshot=store.snapshot_hash(), labels_utc=since, sampling=sampling_of(store, frame, manifest))
+        since, frame, skipped = now_utc(), labelled_frame(manifest, fair_labels(store, manifest), settings), store.queue('skipped')
+        known = dict(label_snapshot=store.snapshot_hash(), labels_utc=since, sampling=sampling_of(store, frame, manifest), data=data_counts(frame, store.labels()))
     warn = _check_labels(frame, settings, d) + _biased(known['sampling'])
     (d/'rounds').mkdir(exist_ok=True)
     with contextlib.nullcontext(note) if note else round_lock(d) as note:
@@ -647,19 +628,20 @@ def _reference(manifest, labelled, pool, bundle, thumbs, most=1000, least=200):
         parts.append(pl.DataFrame(intensity_features(x) | {n: [known[j][k] for j in some] for k, n in enumerate(names)}))
     return shift_reference(pl.concat([rows, pl.concat(parts)], how='horizontal')) if parts else {}
 
-# %% ../../nbs/learn/01_rounds.ipynb #9146ce93
+# %% ../../nbs/learn/01_rounds.ipynb #3edd8d0b
 _pool_columns = ('image_id', 'study_id', 'patient_id', 'laterality', 'view', 'split', 'status', 'skipped')
 
 def _export(tmp, cohort_dir, number, model, mean, std, seen, thumbs, s, facts, int8):
     "calibration, thresholds and the model files; gives `(meta, agreement)`"
     temp, choices = _calibrated(model, seen.filter(pl.col('split') == 'valid'), thumbs, s, mean, std)
-    meta = bundle_meta(s, cohort_dir.name, number, thresholds=[choices[n]['flag'] for n in s.names], temperature=temp, mean=mean, std=std, choices=choices,
+    meta = bundle_meta(s, cohort_dir.name, number, thresholds=[choices[n]['flag'] for n in s.names], temperature=temp, mean=mean, std=std,
+                       choices=choices,
                        label_snapshot=facts['label_snapshot'], arch=s.train.arch, shrink=s.train.shrink, seed=facts['seed'])
     order = np.random.default_rng(facts['seed']).permutation(seen.height)[:64]
     ids = check_split(seen[order.tolist()], what='The export')['image_id'].to_list()
     return meta, export_bundle(model, tmp, meta, input_batch(thumbs, ids, s.image.model_size), int8)
 
-# %% ../../nbs/learn/01_rounds.ipynb #a2a387ae
+# %% ../../nbs/learn/01_rounds.ipynb #ef6d4228
 def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs, settings, facts, job, warn, began):
     "everything of a round into the folder `tmp`; gives what `bundle.json` holds"
     s, names = settings, settings.names
@@ -676,7 +658,10 @@ def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs,
     info = meta | dict(id=bundle.id, labels=_counts(frame, s), pool=pool.height, scores=scores, agreement=agree, warnings=warn,
                        reference=_reference(job['manifest'], labelled, pool, bundle, thumbs))
     info |= {k: v for k, v in facts.items() if k not in meta}
+    wrong = failures(held, info)
+    info['failures'] = wrong.drop('image_id').to_dicts() if held.height else None
     _figures(tmp, cohort_dir, info, labelled)
+    if wrong.height: failures_sheet(wrong, thumbs).savefig(tmp/'figures'/'failures.png', dpi=90)
     (tmp/'MODEL_CARD.md').write_text(model_card(info), encoding='utf-8')
     return write_bundle_json(tmp, info | dict(seconds=round(time.monotonic()-began, 1)))
 
