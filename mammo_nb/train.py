@@ -6,7 +6,7 @@
 __all__ = ['rounds_table', 'worst_errors', 'error_sheet', 'plot_training', 'unsure', 'unsure_sheet', 'suspects', 'suspect_sheet',
            'threshold_table', 'threshold_notes', 'train_here_or_beside', 'finished']
 
-# %% ../nbs/3_train.ipynb #332aee9d
+# %% ../nbs/3_train.ipynb #de769805
 import os
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from .learn.background import running_round, start_round
 from .learn.embed import embeddings, out_of_sample
 from .learn.rounds import calibration_rows, history, plot_confusion, plot_learning_curve, train_round
 from .learn.versions import compare_rounds, current_round
+from .metrics.compare import subgroup_table
 from .metrics.scores import plot_calibration, score_table
 
 # %% ../nbs/3_train.ipynb #2ed2e256

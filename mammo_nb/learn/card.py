@@ -76,7 +76,7 @@ def _data(info):
         if counts: out += _table((title, *(s.replace('_', '-') for s in splits)), [(k, *(v.get(s, 0) for s in splits)) for k, v in counts.items()])
     return out
 
-# %% ../../nbs/learn/09_card.ipynb #9d639a76
+# %% ../../nbs/learn/09_card.ipynb #b7925626
 _level = dict(image='Per image', breast='Per breast', study='Per study')
 _scores = dict(sensitivity='sensitivity', specificity='specificity', ppv='PPV', npv='NPV', roc_auc='ROC-AUC', pr_auc='PR-AUC', kappa='kappa')
 
@@ -93,7 +93,14 @@ def _results(info):
         rows = [(t, f['n'], f['positives'], *(_val(f.get(k)) for k in keys)) for t, f in zip(info['titles'], s['findings'].values())]
         out += [f"**{title}** ({s['n']}, of {s['patients']} patients). Accuracy over all findings {_val(s['accuracy'])}, all findings right {_val(s['exact_match'])}.", '',
                 *_table(('finding', 'n', 'positives', *(_scores[k] for k in keys)), rows)]
-    return out
+    return out + _groups(info)
+
+def _groups(info):
+    "the same by site, vendor and view; small groups are said to be small"
+    rows, title = info.get('subgroups') or [], dict(zip(info['findings'], info['titles']))
+    if not rows: return []
+    show = [(r['by'], r['group'] or 'unknown', title[r['finding']], r['n'], r['positives'], *(_val(r[k]) for k in ('sensitivity', 'specificity', 'roc_auc')), r['remark']) for r in rows]
+    return ['**By site, vendor and view**, per image:', '', *_table(('by', 'group', 'finding', 'n', 'positives', 'sensitivity', 'specificity', 'ROC-AUC', ''), show)]
 
 def _calibration(info):
     "is a probability what it says"

@@ -12,7 +12,7 @@ import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/01_rounds.ipynb #c3f8ca6d
+# %% ../../nbs/learn/01_rounds.ipynb #f84d5daa
 import contextlib
 import copy
 import hashlib
@@ -47,6 +47,7 @@ from .card import data_counts, failures, failures_sheet, model_card
 from .data import input_batch, labelled_frame, make_dls, make_loss, n_outputs
 from .resume import Keep, Work, plan_key
 from .tracking import log_round
+from ..metrics.compare import subgroups
 from ..metrics.scores import plot_calibration, score_report
 from ..metrics.shift import intensity_features, shift_reference
 from ..metrics.thresholds import choose_thresholds, temperature_of
@@ -641,7 +642,7 @@ def _export(tmp, cohort_dir, number, model, mean, std, seen, thumbs, s, facts, i
     ids = check_split(seen[order.tolist()], what='The export')['image_id'].to_list()
     return meta, export_bundle(model, tmp, meta, input_batch(thumbs, ids, s.image.model_size), int8)
 
-# %% ../../nbs/learn/01_rounds.ipynb #ef6d4228
+# %% ../../nbs/learn/01_rounds.ipynb #40668d49
 def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs, settings, facts, job, warn, began):
     "everything of a round into the folder `tmp`; gives what `bundle.json` holds"
     s, names = settings, settings.names
@@ -658,12 +659,18 @@ def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs,
     info = meta | dict(id=bundle.id, labels=_counts(frame, s), pool=pool.height, scores=scores, agreement=agree, warnings=warn,
                        reference=_reference(job['manifest'], labelled, pool, bundle, thumbs))
     info |= {k: v for k, v in facts.items() if k not in meta}
+    info['subgroups'] = _subgroups(held, s, meta['thresholds'])
     wrong = failures(held, info)
     info['failures'] = wrong.drop('image_id').to_dicts() if held.height else None
     _figures(tmp, cohort_dir, info, labelled)
     if wrong.height: failures_sheet(wrong, thumbs).savefig(tmp/'figures'/'failures.png', dpi=90)
     (tmp/'MODEL_CARD.md').write_text(model_card(info), encoding='utf-8')
     return write_bundle_json(tmp, info | dict(seconds=round(time.monotonic()-began, 1)))
+
+def _subgroups(held, settings, thresholds):
+    "hold-out scores per site, vendor and view, as rows"
+    by = [c for c in ('site', 'manufacturer', 'view') if c in held.columns]
+    return subgroups(held, by, settings.names, settings.columns, thresholds, n=500, seed=settings.study.seed).to_dicts() if held.height and by else []
 
 def _figures(tmp, cohort_dir, info, labelled):
     (tmp/'figures').mkdir()
