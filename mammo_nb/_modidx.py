@@ -889,7 +889,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mammo_nb.learn.acquire._strategy': ('learn/acquire.html#_strategy', 'mammo_nb/learn/acquire.py'),
                                         'mammo_nb.learn.acquire._typiclust': ('learn/acquire.html#_typiclust', 'mammo_nb/learn/acquire.py'),
                                         'mammo_nb.learn.acquire._vectors': ('learn/acquire.html#_vectors', 'mammo_nb/learn/acquire.py'),
-                                        'mammo_nb.learn.acquire._words': ('learn/acquire.html#_words', 'mammo_nb/learn/acquire.py'),
                                         'mammo_nb.learn.acquire.check_strategies': ( 'learn/acquire.html#check_strategies',
                                                                                      'mammo_nb/learn/acquire.py'),
                                         'mammo_nb.learn.acquire.label_errors': ( 'learn/acquire.html#label_errors',

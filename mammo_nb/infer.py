@@ -211,7 +211,7 @@ def write_csv(
     cols = ['study_id', *settings.columns, *[f'max_prob_{n}' for n in settings.names], 'image_count']
     with atomic_path(path) as tmp: studies.select(cols).write_csv(tmp, float_precision=6)
 
-# %% ../nbs/4_infer.ipynb #11dd52e3
+# %% ../nbs/4_infer.ipynb #80df6f7a
 def cohort_shift(
     predictions: pl.DataFrame,  # from `with_status`
     reference: dict | None,  # the bundle's `reference`
@@ -228,11 +228,12 @@ def cohort_shift(
 def shift_table(
     report: pl.DataFrame,  # from `cohort_shift`
     titles: dict,  # {column: what to call it}
-) -> pl.DataFrame:  # a row per site: images, and a verdict per feature
+) -> pl.DataFrame:  # a row per site: images, and what differs
     "The verdicts, a site per row."
-    names = FEATURES | titles
-    wide = report.with_columns(pl.col('feature').replace(names)).pivot('feature', index='site', values='verdict')
-    return report.group_by('site', maintain_order=True).agg(images=pl.col('n').max()).join(wide, on='site', maintain_order='left')
+    names, same = FEATURES | titles, pl.col('verdict') == 'as in training'
+    said = pl.format('{} {}', pl.col('feature').replace(names), pl.col('verdict')).filter(~same).str.join(', ')
+    table = report.group_by('site', maintain_order=True).agg(images=pl.col('n').max(), what=said)
+    return table.with_columns(what=pl.when(pl.col('what') == '').then(pl.lit('all as in training')).otherwise('what'))
 
 # %% ../nbs/4_infer.ipynb #43a4002b
 def cohort_manifest(

@@ -304,7 +304,7 @@ def _gain(labels, errors, batch):
     curve = lambda m: float(np.exp(at+min(slope, 0.)*np.log(m)))
     return curve(n[-1]) - curve(n[-1]+batch)
 
-# %% ../../nbs/learn/02_acquire.ipynb #d4c5fc2f
+# %% ../../nbs/learn/02_acquire.ipynb #736f18ad
 def stopping_advice(
     rounds: list[dict],  # oldest first: labels (training), probs (frame: image_id, prob_* of unlabelled images), error (validation, 0…1, or None)
     settings,  # the study: findings, thresholds, train.queue_size
@@ -326,10 +326,9 @@ def stopping_advice(
     elif stop: text = f'The last models agree (kappa {kappa[-1]:.2f} on {pairs[-1][1]} unlabelled images); {cost}. You could stop here and label the hold-out.'
     elif still: text = f'The last models agree (kappa {kappa[-1]:.2f}), but the validation errors are still falling: {cost}. Go on.'
     elif (kappa[-1] or 0) >= agree: text = f'The last two models agree (kappa {kappa[-1]:.2f}), those before them did not yet; {cost}. Go on.'
-    else: text = f'The models still change their minds ({_words(kappa[-1])}); {cost}. Go on.'
+    elif kappa[-1] is None: text = f'Too few unlabelled images are left to compare the last models on; {cost}.'
+    else: text = f'The models still change their minds (kappa {kappa[-1]:.2f} between the last two); {cost}. Go on.'
     return dict(stop=bool(stop), kappa=kappa, gain=gain, minutes=minutes, sentence=text)
-
-def _words(k): return 'too few unlabelled images are left to compare' if k is None else f'kappa {k:.2f} between the last two'
 
 # %% ../../nbs/learn/02_acquire.ipynb #af751987
 def stopping_rounds(
