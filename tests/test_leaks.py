@@ -142,12 +142,13 @@ def test_what_a_round_looks_at_while_it_learns(tmp_path, monkeypatch):
             try: return old(*a, **k)
             finally: step.pop()
         monkeypatch.setattr(rounds, name, new)
-    for name in ('_train', '_calibrated', '_export', '_reference', '_probs'): watch(name)
+    for name in ('_train', '_calibrated', '_export', '_reference', '_probs', 'failures_sheet'): watch(name)
     rounds.train_round(d, S, int8=True)
     split = dict(m.select('image_id', 'split').iter_rows())
     got = {k: {split[i] for i in v} for k, v in seen.items()}
     assert got['_train'] == {'train'} and got['_calibrated'] == {'valid'} and got['_export'] == {'train', 'valid'} and 'hold_out' not in got['_reference']
-    assert got['_probs'] == {'train', 'valid', 'hold_out'} and set(got) == {'_train', '_calibrated', '_export', '_reference', '_probs'}
+    assert got['_probs'] == {'train', 'valid', 'hold_out'} and got.pop('failures_sheet', {'hold_out'}) == {'hold_out'}   # pictures in the card
+    assert set(got) == {'_train', '_calibrated', '_export', '_reference', '_probs'}
 
 
 # ---- planted leaks
