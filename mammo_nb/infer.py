@@ -6,7 +6,7 @@
 __all__ = ['newest_bundle', 'group_inputs', 'groups_of', 'prepared', 'predict', 'with_status', 'aggregate', 'write_csv',
            'cohort_shift', 'shift_table', 'cohort_manifest', 'infer']
 
-# %% ../nbs/4_infer.ipynb #65206ace
+# %% ../nbs/4_infer.ipynb #d2772f0b
 import functools
 import itertools
 import time
@@ -22,8 +22,7 @@ from .core.run import job, log_metrics
 from .core.settings import MammoError
 from .dicom.display import render_input
 from .dicom.read import Source
-from .learn.bundle import Bundle
-from .learn.versions import current_number, current_round
+from .learn.bundle import Bundle, current_number, current_round
 from .metrics.shift import FEATURES, intensity_features, plot_shift, shift_report
 from .metrics.thresholds import study_threshold
 from .preprocess import demo_dicom

@@ -6,7 +6,7 @@
 __all__ = ['bundle_info', 'read_predictions', 'bundle_asked', 'pictures', 'class_of', 'class_sheet', 'studies_sheet', 'explainer',
            'decision_lines', 'open_review', 'with_labels']
 
-# %% ../nbs/5_review.ipynb #4c19b729
+# %% ../nbs/5_review.ipynb #a7b2247b
 import json
 from pathlib import Path
 
@@ -21,10 +21,10 @@ from .infer import newest_bundle
 from .labels.review import Pictures, Reviewer, hanging_order, review_list, reviewed, write_reviewed_csv
 from .labels.store import LabelStore
 from .learn.explain import Explainer
+from .learn.card import error_sheet, worst_errors
 from .learn.rounds import history, plot_confusion, plot_learning_curve
 from .metrics.scores import score_report, score_table
 from .metrics.thresholds import study_threshold
-from .train import error_sheet, worst_errors
 
 # %% ../nbs/5_review.ipynb #bf951254
 def bundle_info(

@@ -47,3 +47,26 @@ def project(tmp_path_factory):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (folder/'demo.txt').write_text(done.stdout)
     return folder
+
+
+@pytest.fixture(scope='module')
+def one_thread():
+    "torch with one thread, so that small trainings do not fight over two cores"
+    import torch
+    n = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n)
+
+
+def executed(source, folder, how):
+    "text of a notebook with one cell, executed by papermill or nbconvert as if nobody were there"
+    import nbformat
+    cell = nbformat.v4.new_code_cell(source)
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell], metadata=dict(kernelspec=dict(name='python3', display_name='p', language='python'))), folder/'in.ipynb')
+    cmd = dict(papermill=['papermill', 'in.ipynb', 'out.ipynb', '--no-progress-bar'],
+               nbconvert=['nbconvert', '--to', 'notebook', '--execute', 'in.ipynb', '--output', 'out.ipynb'])[how]
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('JPY_', 'MAMMO_'))} | {'PYTHONPATH': str(ROOT)}
+    done = subprocess.run([sys.executable, '-m', *cmd], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return (folder/'out.ipynb').read_text()

@@ -2,16 +2,14 @@
 import base64
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import cv2
 import numpy as np
-import nbformat
 import polars as pl
 import pytest
 
+from conftest import executed
 from labeler_page import ROOT, image_id, labeler_cell, make_cohort
 from mammo_nb.cohort.thumbs import Thumbnails
 from mammo_nb.core.settings import MammoError, load_settings
@@ -149,14 +147,7 @@ def sheet_of(nb):
 @pytest.mark.parametrize('how', ['papermill', 'nbconvert'])
 def test_static_sheet_without_a_page(cohort, tmp_path, how):
     with LabelStore(cohort/'labels.sqlite', S) as s: s.label(image_id(0), ('mag',), 'anna', queue='round-001')
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(labeler_cell(cohort))], metadata=dict(kernelspec=dict(name='python3', display_name='p', language='python')))
-    nbformat.write(nb, tmp_path/'in.ipynb')
-    cmd = dict(papermill=['papermill', 'in.ipynb', 'out.ipynb', '--no-progress-bar'],
-               nbconvert=['nbconvert', '--to', 'notebook', '--execute', 'in.ipynb', '--output', 'out.ipynb'])[how]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(('JPY_', 'MAMMO_'))} | {'PYTHONPATH': str(ROOT)}
-    done = subprocess.run([sys.executable, '-m', *cmd], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    img = sheet_of(json.loads((tmp_path/'out.ipynb').read_text()))
+    img = sheet_of(json.loads(executed(labeler_cell(cohort), tmp_path, how)))
     assert (img > 240).any() and (img < 30).mean() > .3
 
 

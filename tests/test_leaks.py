@@ -17,13 +17,7 @@ from mammo_nb.metrics.thresholds import choose_thresholds
 S = toy.tiny_settings()
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    import torch
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 class Grey:
@@ -142,12 +136,12 @@ def test_what_a_round_looks_at_while_it_learns(tmp_path, monkeypatch):
             try: return old(*a, **k)
             finally: step.pop()
         monkeypatch.setattr(rounds, name, new)
-    for name in ('_train', '_calibrated', '_export', '_reference', '_probs', 'failures_sheet'): watch(name)
+    for name in ('_train', '_calibrated', '_export', '_reference', '_probs', 'error_sheet'): watch(name)
     rounds.train_round(d, S, int8=True)
     split = dict(m.select('image_id', 'split').iter_rows())
     got = {k: {split[i] for i in v} for k, v in seen.items()}
     assert got['_train'] == {'train'} and got['_calibrated'] == {'valid'} and got['_export'] == {'train', 'valid'} and 'hold_out' not in got['_reference']
-    assert got['_probs'] == {'train', 'valid', 'hold_out'} and got.pop('failures_sheet', {'hold_out'}) == {'hold_out'}   # pictures in the card
+    assert got['_probs'] == {'train', 'valid', 'hold_out'} and got.pop('error_sheet', {'hold_out'}) == {'hold_out'}   # pictures in the card
     assert set(got) == {'_train', '_calibrated', '_export', '_reference', '_probs'}
 
 

@@ -1,21 +1,17 @@
 "The reviewer's kernel side: which studies, what is written, what the hold-out keeps to itself, the list as CSV; and what it is where no page is."
 import base64
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import cv2
-import nbformat
 import numpy as np
 import polars as pl
 import pytest
 
-from conftest import mammo
+from conftest import executed, mammo
 from labeler_page import ROOT, image_id, make_cohort
 from review_page import review_cell, review_cohort, studies_of
 from mammo_nb.core.settings import MammoError, load_settings
@@ -280,14 +276,7 @@ def test_own_keys_are_not_the_studys(cohort, tmp_path):
 def test_a_sheet_and_never_a_dead_widget(cohort, tmp_path, how):
     e = Ear(cohort)
     e.send(e.agree(1, 1))
-    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(review_cell(cohort))], metadata=dict(kernelspec=dict(name='python3', display_name='p', language='python')))
-    nbformat.write(nb, tmp_path/'in.ipynb')
-    cmd = dict(papermill=['papermill', 'in.ipynb', 'out.ipynb', '--no-progress-bar'],
-               nbconvert=['nbconvert', '--to', 'notebook', '--execute', 'in.ipynb', '--output', 'out.ipynb'])[how]
-    env = {k: v for k, v in os.environ.items() if not k.startswith(('JPY_', 'MAMMO_'))} | {'PYTHONPATH': str(ROOT)}
-    done = subprocess.run([sys.executable, '-m', *cmd], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-2000:]
-    text = (tmp_path/'out.ipynb').read_text()
+    text = executed(review_cell(cohort), tmp_path, how)
     shown, = [o['data'] for c in json.loads(text)['cells'] for o in c['outputs'] if 'image/png' in o.get('data', {})]
     assert 'widget-view' not in text and 'review: 1 of 4 studies seen (agreed 1), 3 to go' in ''.join(shown['text/plain'])
     png = base64.b64decode(''.join(shown['image/png']))

@@ -22,13 +22,7 @@ S = toy.tiny_settings(epochs=5)
 HERE = os.path.dirname(__file__)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    import torch
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def some(t): return t.filter((pl.col('split') != 'train') | (pl.col('image_id').str.slice(-1) < 'a'))['image_id'].to_list()

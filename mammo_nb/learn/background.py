@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_running', 'progress_of', 'Note', 'round_lock', 'Handle', 'running_round', 'last_round', 'start_round', 'main']
 
-# %% ../../nbs/learn/08_background.ipynb #d7d41cfa
+# %% ../../nbs/learn/08_background.ipynb #fe0e307a
 import json
 import os
 import signal
@@ -18,7 +18,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from ..core.engine import utc_now, write_json
-from ..core.settings import MammoError, Settings, load_settings
+from ..core.settings import MammoError, Settings
 
 # %% ../../nbs/learn/08_background.ipynb #dbb0453c
 try: import fcntl

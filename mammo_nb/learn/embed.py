@@ -6,7 +6,7 @@
 __all__ = ['PLAIN_VERSION', 'plain_features', 'Encoder', 'bundle_encoder', 'imagenet_encoder', 'plain_encoder', 'find_encoder',
            'embeddings', 'Squeeze', 'LightHead', 'out_of_sample']
 
-# %% ../../nbs/learn/05_embed.ipynb #80cdd1f8
+# %% ../../nbs/learn/05_embed.ipynb #1b33b6b1
 import importlib.util
 import os
 import re
@@ -24,7 +24,7 @@ from ..cohort.thumbs import Thumbnails
 from ..core.engine import Progress, write_parquet
 from ..core.settings import MammoError
 from ..dicom.display import PREPROCESSING_VERSION, model_input
-from .bundle import Bundle
+from .bundle import Bundle, current_number, current_round
 
 # %% ../../nbs/learn/05_embed.ipynb #cab6a3a9
 PLAIN_VERSION = 1
@@ -125,7 +125,7 @@ def plain_encoder(
     run = lambda x: np.stack([plain_features(a) for a in x])
     return Encoder(f'plain-{settings.image.model_size}-{PLAIN_VERSION}', settings.image.model_size, run, 'measurements without a network (nothing was learnt yet)')
 
-# %% ../../nbs/learn/05_embed.ipynb #b2f57625
+# %% ../../nbs/learn/05_embed.ipynb #ade5fd82
 def _maybe_weights():
     "could there be weights on this machine? looks at file names only"
     hub = Path(os.environ.get('TORCH_HOME') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'torch')/'hub'/'checkpoints'
@@ -139,7 +139,6 @@ def find_encoder(
 ) -> Encoder:
     "The encoder by that name. Raises `MammoError` where there is none."
     if isinstance(encoder, str) and encoder in ('auto', 'round'):
-        from mammo_nb.learn.versions import current_number, current_round  # which leads back here
         if current_number(cohort_dir) is not None: return bundle_encoder(current_round(cohort_dir))
         if encoder == 'round': raise MammoError(f"encoder = round: cohort {Path(cohort_dir).name} has no trained round yet; use auto.")
         return (settings.train.pretrained != 'no' and _maybe_weights() and imagenet_encoder(settings)) or plain_encoder(settings)

@@ -12,7 +12,7 @@ import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/01_rounds.ipynb #f84d5daa
+# %% ../../nbs/learn/01_rounds.ipynb #c55ed4a8
 import contextlib
 import copy
 import hashlib
@@ -43,7 +43,7 @@ from ..labels.store import LabelStore, now_utc
 from .acquire import pool_frame
 from .background import round_lock
 from .bundle import Bundle, bundle_meta, export_bundle, load_weights_safely, write_bundle_json
-from .card import data_counts, failures, failures_sheet, model_card
+from .card import data_counts, error_sheet, model_card, worst_errors
 from .data import input_batch, labelled_frame, make_dls, make_loss, n_outputs
 from .resume import Keep, Work, plan_key
 from .tracking import log_round
@@ -642,7 +642,7 @@ def _export(tmp, cohort_dir, number, model, mean, std, seen, thumbs, s, facts, i
     ids = check_split(seen[order.tolist()], what='The export')['image_id'].to_list()
     return meta, export_bundle(model, tmp, meta, input_batch(thumbs, ids, s.image.model_size), int8)
 
-# %% ../../nbs/learn/01_rounds.ipynb #40668d49
+# %% ../../nbs/learn/01_rounds.ipynb #232f6fdc
 def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs, settings, facts, job, warn, began):
     "everything of a round into the folder `tmp`; gives what `bundle.json` holds"
     s, names = settings, settings.names
@@ -660,10 +660,10 @@ def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs,
                        reference=_reference(job['manifest'], labelled, pool, bundle, thumbs))
     info |= {k: v for k, v in facts.items() if k not in meta}
     info['subgroups'] = _subgroups(held, s, meta['thresholds'])
-    wrong = failures(held, info)
+    wrong = worst_errors(held, s, meta['thresholds'], splits=('hold_out',))
     info['failures'] = wrong.drop('image_id').to_dicts() if held.height else None
     _figures(tmp, cohort_dir, info, labelled)
-    if wrong.height: failures_sheet(wrong, thumbs).savefig(tmp/'figures'/'failures.png', dpi=90)
+    if wrong.height: error_sheet(wrong, thumbs).savefig(tmp/'figures'/'failures.png', dpi=90)
     (tmp/'MODEL_CARD.md').write_text(model_card(info), encoding='utf-8')
     return write_bundle_json(tmp, info | dict(seconds=round(time.monotonic()-began, 1)))
 

@@ -11,7 +11,7 @@ import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/07_sites.ipynb #f458f010
+# %% ../../nbs/learn/07_sites.ipynb #5638ef9f
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from ..core.settings import MammoError
 from ..labels.store import LabelStore
 from .data import input_batch, labelled_frame
 from .embed import embeddings, imagenet_encoder, plain_encoder
-from .rounds import _train, logits_of, probs_of, seen_rows
+from .rounds import _train, fair_labels, logits_of, probs_of, seen_rows
 from ..metrics.scores import bootstrap_ci, weighted_scores
 from ..metrics.thresholds import choose_thresholds, temperature_of
 
@@ -119,7 +119,7 @@ def _rows_of(site, test, how, p, q, choices, ref_choices, settings, n, seed):
             yield base | dict(score=s) | {c: num(x) for c, x in dict(value=v, low=lo, high=hi, all_sites=r, all_low=rlo, all_high=rhi, gap=g,
                                                                      gap_low=glo, gap_high=ghi).items()}
 
-# %% ../../nbs/learn/07_sites.ipynb #ac8995db
+# %% ../../nbs/learn/07_sites.ipynb #61f6f1e2
 def _vectors(cohort_dir, settings, frame):
     "embeddings of the labelled images by an encoder that has seen none of them"
     # never a round's body: it knows the site that is left out
@@ -133,7 +133,7 @@ def _labelled(cohort_dir, settings):
     if 'site' not in manifest.columns: raise MammoError(f"Cohort {d.name} knows no sites; set [study] site and run 1_preprocess again.")
     if not (d/'labels.sqlite').exists(): raise MammoError(f"Cohort {d.name} has no labels; run 2_label first (mammo run label -p cohort={d.name}).")
     manifest = manifest.with_columns(site=pl.col('site').fill_null('').replace('', 'unknown'))
-    with LabelStore(d/'labels.sqlite', settings) as store: return labelled_frame(manifest, store.labels(), settings), manifest
+    with LabelStore(d/'labels.sqlite', settings) as store: return labelled_frame(manifest, fair_labels(store, manifest), settings), manifest
 
 # %% ../../nbs/learn/07_sites.ipynb #f750658c
 def leave_one_site_out(
@@ -174,7 +174,7 @@ def leave_one_site_out(
     for line in site_notes(out): tell(line)
     return out
 
-# %% ../../nbs/learn/07_sites.ipynb #b90fb61d
+# %% ../../nbs/learn/07_sites.ipynb #713ab671
 def _too_little(frame, settings):
     "why no model can be trained, '' if one can"
     tr = frame.filter(pl.col('split') == 'train')
@@ -193,6 +193,7 @@ def site_notes(
                   'and the model of all sites has seen them.'
                   for s, _, how, *_ in by.iter_rows() if how == 'chosen']
 
+# %% ../../nbs/learn/07_sites.ipynb #83885509
 def plot_sites(
     table: pl.DataFrame,  # from `leave_one_site_out`
     score: str = 'roc_auc',  # or 'sensitivity', 'specificity'
