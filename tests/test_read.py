@@ -203,6 +203,32 @@ def test_only_the_frame_that_is_asked_for_is_read(tmp_path, monkeypatch):
         assert decoded == [1]
 
 
+def test_a_volume_without_a_table_is_walked_once(monkeypatch):
+    a = frames()
+    ds = dataset(a, df.J2K_LOSSLESS)
+    ds.PixelData = encapsulate([df.encode(f, df.J2K_LOSSLESS, 12) for f in a], has_bot=False)
+    walks, walk = [], read._fragments
+    monkeypatch.setattr(read, '_fragments', lambda *x, **k: walks.append(1) or walk(*x, **k))
+    with open_source(content(ds)) as s:
+        for i in (2, 0, 3, 1): assert np.array_equal(s.frame(i).pixels, a[i])
+    assert len(walks) == 2, 'the table, and the fragments once'
+
+
+def test_plain_background_at_the_end_is_not_decoded_twice(monkeypatch):
+    a = A.copy()
+    a[60:] = 0
+    decoded, decode = [], imagecodecs.jpeg8_decode
+    monkeypatch.setattr(imagecodecs, 'jpeg8_decode', lambda *x: decoded.append(1) or decode(*x))
+    for bits in (8, 12, 16):
+        for predictor in range(1, 8):
+            px = (a >> 4).astype(np.uint8) if bits == 8 else a
+            s = imagecodecs.jpeg8_encode(px, lossless=True, bitspersample=bits, predictor=predictor)
+            ds = dataset(px, df.JPEGLL, bits=bits)
+            ds.PixelData = encapsulate([s + b'\0' * (len(s) % 2)])
+            decoded.clear()
+            assert np.array_equal(read_frame(content(ds)).pixels, px) and decoded == [1], (bits, predictor)
+
+
 def test_number_of_frames_that_disagrees_with_the_data():
     for ts in (df.EXPLICIT, df.JPEGLL1):
         ds = dataset(frames(), ts)
