@@ -15,6 +15,7 @@ import pytest
 
 from labeler_page import (KERNEL_IDLE, KEYS, ROOT, Bare, Page, browser, common, events, image_id, kernel_pid, lab, labeler_cell, marked_image, missing, server,  # noqa: F401
                           wait_for)
+from mammo_nb.cohort.thumbs import Thumbnails
 from mammo_nb.core.settings import load_settings
 from mammo_nb.labels.store import LabelStore
 
@@ -352,7 +353,7 @@ def test_kernel_killed_in_the_middle_of_bursts(lab):
 
 def test_errors_are_said_in_the_widget(lab):
     c = lab.cohort()
-    (c/'thumbnails'/'00'/f'{image_id(1)}.png').unlink()
+    Thumbnails(c/'thumbnails').remove([image_id(1)])
     p = lab.open('words', labeler_cell(c)).press('1')
     p.state('broken')
     assert 'run preprocess again' in p.root.locator('.mm-big').inner_text()

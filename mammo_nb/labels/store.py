@@ -72,7 +72,7 @@ def _ddl():
                    f"BEGIN SELECT RAISE(ABORT, 'the label store is append-only'); END")
     for i, on in _indexes.items(): yield f'CREATE INDEX IF NOT EXISTS {i} ON {on}'
 
-# %% ../../nbs/labels/00_store.ipynb #799f1c63
+# %% ../../nbs/labels/00_store.ipynb #bb06f303
 _rank = """CASE WHEN e.saw_model AND e.image_id IN (SELECT image_id FROM images WHERE split = 'hold_out') THEN 0 ELSE
     CASE e.source WHEN 'human' THEN 30 WHEN 'header' THEN 10 ELSE 20 END + CASE WHEN e.queue = 'disagreements' THEN 5 ELSE 0 END END"""
 
@@ -97,7 +97,7 @@ def _views(settings, blind=False):
         resolved=f"""SELECT image_id, {has}, max(CASE WHEN {used} THEN time END) AS labeled_at, max(CASE WHEN {used} THEN rank END) AS rank,
             max({split}) AS disputed FROM votes GROUP BY image_id""",
         labels=f"""SELECT i.image_id AS id, i.filename, i.study_id,
-            'thumbnails/' || substr(i.image_id, 1, 2) || '/' || i.image_id || '.png' AS thumbnail_path,
+            'thumbnails/' || i.image_id AS thumbnail_path,
             i.frame_number, {cols}, r.labeled_at, {', '.join(probs)}, p.time AS predicted_at FROM current_images i LEFT JOIN resolved r ON r.image_id = i.image_id
             LEFT JOIN predictions p ON p.image_id = i.image_id
             AND p.version = (SELECT max(q.version) FROM predictions q WHERE q.image_id = i.image_id)""")
