@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 import zipfile
 from pathlib import Path
 
@@ -65,9 +66,9 @@ def c(tmp_path): return Cohort(tmp_path)
 @pytest.fixture
 def reads(monkeypatch):
     "Paths whose headers were read"
-    seen, real = [], M.read_facts
-    def counted(item, **kw): seen.append(item[0]); return real(item, **kw)
-    monkeypatch.setattr(M, 'read_facts', counted)
+    seen, real = [], M.read_many
+    def counted(items, **kw): seen.extend(items['path']); return real(items, **kw)
+    monkeypatch.setattr(M, 'read_many', counted)
     return seen
 
 
@@ -192,9 +193,11 @@ def test_links_circles_pipes_and_closed_doors(c, tmp_path):
     put(tmp_path/'elsewhere', **{'2.dcm': image(2)})
     (c.dicom/'outside').symlink_to(tmp_path/'elsewhere')
     (c.dicom/'twin').symlink_to(tmp_path/'elsewhere')
+    put(tmp_path/'further', **{'3.dcm': image(3)})
+    (tmp_path/'elsewhere'/'deeper').symlink_to(tmp_path/'further')
     os.mkfifo(c.dicom/'pipe.dcm')
     c.scan()
-    assert c.status() == {'a/1.dcm': 'ok', 'outside/2.dcm': 'ok', 'self': 'rejected', 'dangling.dcm': 'rejected', 'pipe.dcm': 'rejected'}
+    assert c.status() == {'a/1.dcm': 'ok', 'outside/2.dcm': 'ok', 'outside/deeper/3.dcm': 'ok', 'self': 'rejected', 'dangling.dcm': 'rejected', 'pipe.dcm': 'rejected'}
 
 
 def test_names_that_are_not_utf8(c):
@@ -265,6 +268,40 @@ def test_an_unchanged_tree_is_not_read_again(c, reads):
     assert c.df.filter(pl.col('path') != 'new.dcm').equals(first)
 
 
+_opened = []  # an audit hook cannot be taken away again, so there is one, and it is mostly deaf
+
+
+def test_a_second_scan_opens_no_file(c):
+    c.put({f's{i}__{i}.dcm': image(i) for i in range(30)} | {'dup.dcm': image(1), 'x__bad.dcm': b'\0' * 200, 'text': b'x', 'a.zip': zipped([('1.dcm', image(8))])})
+    opened = []
+    if not _opened: sys.addaudithook(lambda event, args: _opened and event == 'open' and isinstance(args[0], (str, bytes)) and _opened[0].append(os.fsdecode(args[0])))
+    _opened[:] = [opened]
+    first, root = c.scan(), str(c.dicom)
+    assert {p for p in opened if p.startswith(root)} == {f'{root}/{p.split("!/")[0]}' for p in first['path']}, 'the first one opens all'
+    opened.clear()
+    assert c.scan().equals(first) and not [p for p in opened if p.startswith(root)] and opened
+    _opened[:] = [[]]
+
+
+def deadly(items, **kw):
+    "A reader that dies of some files and hangs in others"
+    if items['path'].str.contains('deadly').any(): os._exit(3)
+    if items['path'].str.contains('hang').any(): time.sleep(60)
+    return F.read_many(items, **kw)
+
+
+def test_a_file_that_brings_its_reader_down_costs_only_itself(c, monkeypatch):
+    c.put({f'{i}.dcm': image(i) for i in range(20)} | {'deadly.dcm': image(30), 'hang.dcm': image(31)})
+    quick = S.model_copy(update=dict(engine=S.engine.model_copy(update=dict(workers=2, file_timeout=2.))))
+    monkeypatch.setattr(M, 'read_many', deadly)
+    monkeypatch.setattr(F, 'GROUP_FILES', 6)
+    with engine(quick) as client: c.scan(quick, client=client)
+    bad = c.df.filter(status='rejected')
+    assert bad['path'].to_list() == ['deadly.dcm', 'hang.dcm'] and 'longer than 2 s' in bad['reason'][1]
+    assert 'brought the reading process down' in bad['reason'][0] or 'longer than 2 s' in bad['reason'][0]  # on a busy machine dying takes that long
+    assert c.df.filter(status='ok').height == 20
+
+
 def test_a_changed_file_is_read_again_and_loses_its_thumbnail(c, reads):
     c.put({'a.dcm': image(1), 'b.dcm': image(2)})
     c.scan()
@@ -332,7 +369,7 @@ def test_what_could_not_be_reached_is_tried_again(c, monkeypatch):
         return real(self)
     with monkeypatch.context() as mp:
         mp.setattr(Source, '_raw', raw)
-        mp.setattr(F, 'peek', lambda path, wanted: None)
+        mp.setattr(F, '_beginning', lambda file, n: b'')
         c.scan()
     assert c.status() == {'a.dcm': 'ok', 'b.dcm': 'rejected'}
     c.scan()
@@ -347,19 +384,35 @@ def test_killed_and_started_again_gives_the_same_rows(c, reads, monkeypatch):
     calm = scan(c.dicom, c.folder.parent/'calm', S)
     reads.clear()
     monkeypatch.setattr(F, 'PART_ROWS', 4)
-    real, left = M.FactStore.add, iter([9, 7, 30])
+    monkeypatch.setattr(F, 'GROUP_FILES', 3)
+    real, left = M.FactStore.add, iter([3, 2, 10])
     for n in left:
         count = iter(range(n))
-        def add(self, row):
+        def add(self, facts):
             if next(count, None) is None: raise KeyboardInterrupt  # as a kill: what is not on disk is lost
-            real(self, row)
+            real(self, facts)
         with monkeypatch.context() as mp:
             mp.setattr(M.FactStore, 'add', add)
-            mp.setattr(M.FactStore, 'flush', lambda self, f=M.FactStore.flush: f(self) if len(self.rows) >= 4 else self.rows.clear())
+            mp.setattr(M.FactStore, 'flush', lambda self, f=M.FactStore.flush: f(self) if sum(map(len, self.parts)) >= 4 else self.parts.clear())
             try: c.scan()
             except KeyboardInterrupt: assert not (c.folder/'manifest.parquet').exists()
     assert c.scan().equals(calm) and len(reads) < 33 + 3 * 8 + 14
     assert sorted(p.name for p in (c.folder/'scan').iterdir()) == ['facts.parquet']
+
+
+def test_an_interrupt_keeps_what_was_read(c, reads, monkeypatch):
+    c.put({f'{i:02}.dcm': image(i) for i in range(20)})
+    monkeypatch.setattr(F, 'GROUP_FILES', 5)
+    with monkeypatch.context() as mp:
+        read = M.read_many
+        def stopped(items, **kw):
+            if '12.dcm' in items['path']: raise KeyboardInterrupt
+            return read(items, **kw)
+        mp.setattr(M, 'read_many', stopped)
+        with pytest.raises(KeyboardInterrupt): c.scan()
+    reads.clear()
+    c.scan()
+    assert reads == [f'{i:02}.dcm' for i in range(10, 20)]
 
 
 def test_a_real_kill(c, tmp_path):
@@ -369,12 +422,12 @@ def test_a_real_kill(c, tmp_path):
         import os, sys
         from mammo_nb.cohort import facts as F, manifest as M
         from mammo_nb.core.settings import load_settings
-        F.PART_ROWS, real, n = 5, M.read_facts, [0]
-        def slow(item, **kw):
-            n[0] += 1
-            if n[0] == 23: os.kill(os.getpid(), 9)
-            return real(item, **kw)
-        M.read_facts = slow
+        F.PART_ROWS, F.GROUP_FILES, real, n = 5, 5, M.read_many, [0]
+        def slow(items, **kw):
+            n[0] += len(items)
+            if n[0] >= 23: os.kill(os.getpid(), 9)
+            return real(items, **kw)
+        M.read_many = slow
         M.scan({str(c.dicom)!r}, {str(c.folder)!r}, load_settings(), seed=1)''')
     assert subprocess.run([sys.executable, '-c', code]).returncode == -9
     parts = pl.read_parquet(c.folder/'scan'/'*.parquet')

@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = ['shown_name', 'source_path', 'Found', 'list_files', 'content_hash', 'unreachable']
 
-# %% ../../nbs/cohort/04_files.ipynb #8a17746d
+# %% ../../nbs/cohort/04_files.ipynb #91cc7624
 import hashlib
+import heapq
+import operator
 import os
 import re
 import stat
@@ -34,7 +36,7 @@ def source_path(
     if '\\x' not in path or split_member(full)[0].exists(): return full
     return os.path.join(dicom_dir, re.sub(r'\\x([89a-f][0-9a-f])', lambda m: chr(0xdc00 + int(m[1], 16)), path))
 
-# %% ../../nbs/cohort/04_files.ipynb #46d18e2c
+# %% ../../nbs/cohort/04_files.ipynb #459b1483
 class Found(NamedTuple):
     "A file in a cohort's folder."
     path: str  # relative, with /, as the manifest writes it
@@ -46,16 +48,16 @@ def _found(entry, path):
     try: st = entry.stat()
     except OSError: return Found(shown_name(path), 0, 0, 'is a link that leads nowhere')
     odd = '' if stat.S_ISREG(st.st_mode) else 'is no regular file (a pipe, socket or device)'
-    return Found(shown_name(path), st.st_size, st.st_mtime_ns, odd)
+    return Found(path if path.isascii() else shown_name(path), st.st_size, st.st_mtime_ns, odd)
 
-# %% ../../nbs/cohort/04_files.ipynb #6b2177d8
+# %% ../../nbs/cohort/04_files.ipynb #01b19cae
 def _identity(folder):
     st = os.stat(folder)
     return st.st_dev, st.st_ino
 
 def _walk(top, rel, seen, links):
-    "Files below one folder; folders behind links are put into `links`"
-    stack = [(top, rel)]
+    "Files below one folder, as a list; folders behind links are put into `links`"
+    stack, out = [(top, rel)], []
     while stack:
         folder, rel = stack.pop()
         try:
@@ -63,15 +65,17 @@ def _walk(top, rel, seen, links):
             seen.add(me)
             with os.scandir(folder) as it: entries = list(it)
         except OSError:
-            yield Found(shown_name(rel) + '/', 0, 0, 'is a folder that cannot be opened; check its permissions')
+            out.append(Found(shown_name(rel) + '/', 0, 0, 'is a folder that cannot be opened; check its permissions'))
             continue
+        at = f'{rel}/' if rel else ''
         for e in entries:
-            path = f'{rel}/{e.name}' if rel else e.name
-            if e.is_dir(follow_symlinks=False): stack.append((e.path, path))
-            elif e.is_symlink() and os.path.isdir(e.path): links.append((path, e.path))
-            else: yield _found(e, path)
+            if e.is_file(follow_symlinks=False): out.append(_found(e, at + e.name))
+            elif e.is_dir(follow_symlinks=False): stack.append((e.path, at + e.name))
+            elif e.is_symlink() and os.path.isdir(e.path): links.append((at + e.name, e.path))
+            else: out.append(_found(e, at + e.name))
+    return out
 
-# %% ../../nbs/cohort/04_files.ipynb #3d8078ba
+# %% ../../nbs/cohort/04_files.ipynb #1b42698a
 def list_files(
     folder: str | Path,  # the cohort's folder
     skip: Iterable[str | Path] = (),  # folders to leave out, e.g. our own outputs
@@ -80,12 +84,14 @@ def list_files(
     if not Path(folder).is_dir(): raise MammoError(f"{folder}: no such folder; pass the folder of your DICOM files as dicom_dir.")
     seen = {_identity(s) for s in skip if os.path.isdir(s)}
     links = []
-    out = list(_walk(os.fspath(folder), '', seen, links))
+    out = _walk(os.fspath(folder), '', seen, links)
+    heapq.heapify(links)
     while links:
-        links.sort()
-        path, real = links.pop(0)
-        out += _walk(real, path, seen, links)
-    return sorted(out)
+        path, real = heapq.heappop(links)
+        more = []
+        out += _walk(real, path, seen, more)
+        for l in more: heapq.heappush(links, l)
+    return sorted(out, key=operator.itemgetter(0))
 
 # %% ../../nbs/cohort/04_files.ipynb #69e45f6a
 def content_hash(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scan', 'read_manifest', 'source_dir', 'reject', 'funnel']
 
-# %% ../../nbs/cohort/00_manifest.ipynb #679f2ad0
+# %% ../../nbs/cohort/00_manifest.ipynb #275409f2
 import functools
 import re
 import shutil
@@ -13,15 +13,15 @@ from pathlib import Path
 
 import polars as pl
 
-from .facts import (FINDINGS, SEEN_AS, FactStore, cohort_key, collect_facts, image_id, pseudonym, read_facts,
+from .facts import (FINDINGS, SEEN_AS, FactStore, cohort_key, collect_facts, image_id, pseudonym, read_many,
                                    with_content)
 from .files import list_files
 from .splits import split_of
 from .thumbs import Thumbnails
-from ..core.engine import read_meta, write_parquet
+from ..core.engine import has_table, read_meta, read_table, write_parquet
 from ..core.settings import MammoError
 
-# %% ../../nbs/cohort/00_manifest.ipynb #c6aebbab
+# %% ../../nbs/cohort/00_manifest.ipynb #845484a8
 def _only(column):
     "The value that all images of a folder share, null where they differ"
     among = pl.col(column).filter((pl.col('kind') == 'image') & pl.col(column).is_not_null())
@@ -34,10 +34,12 @@ def _folder_study(folder, who, key):
 def _with_studies(df, order, key):
     before = order[:order.index('folder')] if 'folder' in order else order
     said = pl.coalesce(pl.lit(None, pl.String), *(dict(uid='study_uid').get(o, o) for o in before))
-    df = df.with_columns(folder=pl.col('path').str.replace(r'/?[^/]*$', ''), study_id=said)
+    df = df.with_columns(study_id=said)
+    lost = pl.col('study_id').is_null() & (pl.col('kind') != 'other')
+    if not df.select(lost.any()).item(): return df  # the rest is about files without a study only
+    df = df.with_columns(folder=pl.col('path').str.replace(r'/?[^/]*$', ''))
     df = df.with_columns(one_study=_only('study_id'), one_patient=_only('patient'))
     df = df.with_columns(who=pl.coalesce('patient', 'one_patient', pl.lit('')))
-    lost = pl.col('study_id').is_null() & (pl.col('kind') != 'other')
     same = pl.col('who') == pl.col('one_patient').fill_null('')
     df = df.with_columns(study_id=pl.when(lost & same).then('one_study').otherwise('study_id'))
     named = df.filter(lost).select('folder', 'who').unique()
@@ -45,38 +47,48 @@ def _with_studies(df, order, key):
     df = df.join(named, on=['folder', 'who'], how='left', maintain_order='left')
     return df.with_columns(study_id=pl.when(lost).then('by_folder').otherwise('study_id'))
 
-# %% ../../nbs/cohort/00_manifest.ipynb #795fa7ca
-def _mapped(df, column, fn):
-    "`fn` of a column, worked out once per distinct value"
-    return pl.col(column).replace_strict({v: fn(v) for v in df[column].unique().drop_nulls()}, default=None, return_dtype=pl.String)
+# %% ../../nbs/cohort/00_manifest.ipynb #5f40e108
+def _mapped(df, column, fn, name):
+    "The frame with `fn` of a column as a new one, worked out once per distinct value"
+    values = df[column].unique().drop_nulls()
+    made = pl.DataFrame({column: values, name: pl.Series([fn(v) for v in values], dtype=pl.String)})
+    return df.join(made, on=column, how='left', maintain_order='left')
 
 def _with_patients(df, key, before):
-    same_study = pl.when(pl.col('study_id').is_not_null()).then(pl.col('patient').drop_nulls().first().over('study_id'))
-    of_study = _mapped(df, 'study_id', lambda s: pseudonym(key, s, 'study'))
+    if not df['patient'].has_nulls(): return df.with_columns(patient_id='patient')
+    study = df.filter(pl.col('study_id').is_not_null()).group_by('study_id', maintain_order=True)
+    study = study.agg(same=pl.col('patient').drop_nulls().first())
+    alone = _mapped(study.filter(pl.col('same').is_null()), 'study_id', lambda s: pseudonym(key, s, 'study'), 'alone')
+    study = study.join(alone.select('study_id', 'alone'), on='study_id', how='left')
     was = pl.lit(None, pl.String)
     if before is not None:
         named = before.select(*SEEN_AS, 'study_id', was='patient_id').unique([*SEEN_AS, 'study_id'])
         df, was = df.join(named, on=[*SEEN_AS, 'study_id'], how='left', maintain_order='left'), pl.col('was')
-    return df.with_columns(patient_id=pl.coalesce('patient', was, same_study, of_study))
+    df = df.join(study, on='study_id', how='left', maintain_order='left')
+    return df.with_columns(patient_id=pl.coalesce('patient', was, 'same', 'alone'))
 
 def _with_sites(df, order, key, keep):
-    df = df.with_columns(first=pl.col('path').str.extract('^([^/]+)/'))
     institution = 'site-' + pl.col('institution').str.head(6)
     if 'InstitutionName' in keep: institution = pl.col('kept').str.json_path_match('$.InstitutionName').replace('', None)
-    names = dict(institution=institution, folder=_mapped(df, 'first', lambda f: f'site-{pseudonym(key, f, "site")[:6]}'))
+    if 'folder' in order:
+        df = _mapped(df.with_columns(first=pl.col('path').str.extract('^([^/]+)/')), 'first', lambda f: f'site-{pseudonym(key, f, "site")[:6]}', 'of_folder')
+    names = dict(institution=institution, folder=pl.col('of_folder'))
     return df.with_columns(site=pl.coalesce(*(names[o] for o in order), pl.lit('unknown')))
 
-# %% ../../nbs/cohort/00_manifest.ipynb #345d68ca
+# %% ../../nbs/cohort/00_manifest.ipynb #72db7be4
 _other = 'its SOPInstanceUID belongs to another file with different content'
 _unsure = 'its SOPInstanceUID belongs to another file, and the two could not be compared'
 _nobody = 'has no SOPInstanceUID and could not be read whole'
 _twin = 'the same image as another file'
 
 def _with_status(df):
-    df = df.sort('path').with_columns(identity=pl.coalesce('sop_uid', 'content'))
+    df = df.with_columns(identity=pl.coalesce('sop_uid', 'content'))
     image, unnamed = pl.col('kind') == 'image', pl.col('identity').is_null()
-    later = image & ~unnamed & (pl.int_range(pl.len()).over('identity', 'kind') > 0)
-    same = pl.col('content') == pl.col('content').first().over('identity', 'kind')
+    named = pl.when(image).then('identity')
+    df = df.with_columns(later=named.is_not_null() & ~named.is_first_distinct())
+    first = df.filter(image, ~pl.col('later'), ~unnamed).select('identity', of_first='content') if df['later'].any() else df.clear().select('identity', of_first='content')
+    df = df.join(first.drop_nulls(), on='identity', how='left', maintain_order='left')
+    later, same = pl.col('later'), pl.col('content') == pl.col('of_first')
     case = lambda **v: (pl.when(~image).then(v['bad']).when(unnamed).then(v['unnamed']).when(later & same).then(v['twin'])
                         .when(later & same.is_null()).then(v['unsure']).when(later).then(v['other']).otherwise(v['ok']))
     no, lit = pl.lit('rejected'), lambda **v: {k: pl.lit(x) for k, x in v.items()}
@@ -86,10 +98,11 @@ def _with_status(df):
         step=case(bad=pl.when(pl.col('kind') == 'other').then(pl.lit('other')).otherwise(pl.lit('header')),
                   **lit(unnamed='identity', other='identity', unsure='identity', twin='identity', ok=None)))
 
-# %% ../../nbs/cohort/00_manifest.ipynb #ab2caacb
+# %% ../../nbs/cohort/00_manifest.ipynb #01256758
 def _with_frames(df):
     n = pl.when(pl.col('kind') == 'image').then('frames').fill_null(1)
-    df = df.with_columns(frame=pl.int_ranges(0, n, dtype=pl.Int32)).explode('frame')
+    if df.select((n == 1).all()).item(): df = df.with_columns(frame=pl.lit(0, pl.Int32))
+    else: df = df.with_columns(frame=pl.int_ranges(0, n, dtype=pl.Int32)).explode('frame')
     who = df.select(pl.coalesce('identity', 'path'), 'frame').iter_rows()
     return df.with_columns(image_id=pl.Series([image_id(w, f) for w, f in who], dtype=pl.String))
 
@@ -102,7 +115,7 @@ def _columns(settings):
               'bits_stored photometric transfer_syntax split').split(), *signals, *about,
             *'status reason step year burned_in content'.split(), *kept]
 
-# %% ../../nbs/cohort/00_manifest.ipynb #d78140b5
+# %% ../../nbs/cohort/00_manifest.ipynb #195f0d82
 def _splits(df, before, key, settings):
     old, studies = {}, {}
     if before is not None:
@@ -110,7 +123,7 @@ def _splits(df, before, key, settings):
         old, studies = first('patient_id'), first('study_id')
     for p, s in df.select('patient_id', 'study_id').drop_nulls().unique(maintain_order=True).iter_rows():
         if p not in old and s in studies: old[p] = studies[s]
-    return df.with_columns(split=_mapped(df, 'patient_id', lambda p: old.get(p) or split_of(p, key, settings)))
+    return _mapped(df, 'patient_id', lambda p: old.get(p) or split_of(p, key, settings), 'split')
 
 def _marked(df, where, reason, step):
     "Rows rejected where a condition holds"
@@ -126,16 +139,18 @@ def _with_history(df, before, retry):
     image = ~pl.col('step').fill_null('').is_in(['header', 'other'])
     gone = before.filter(image).join(df, on='path', how='anti').join(df, on='image_id', how='anti')
     gone = _marked(gone, pl.lit(True), pl.lit('the file is gone since the scan before'), pl.lit('gone'))
+    if not len(gone): return df
     return pl.concat([df, gone.select([c for c in gone.columns if c in df.columns])], how='diagonal').sort('path', 'frame')
 
 def _rows(facts, before, key, settings, retry):
+    "Facts, sorted by path, to manifest rows, sorted by path and frame"
     keep = settings.privacy.keep_text
-    df = _with_studies(facts.filter(pl.col('kind') != 'archive').sort('path'), settings.study.study_id, key)
+    df = _with_studies(facts.filter(pl.col('kind') != 'archive'), settings.study.study_id, key)
     df = _with_status(_with_sites(_with_patients(df, key, before), settings.study.site, key, keep))
     df = _splits(_with_frames(df), before, key, settings).select(_columns(settings))
-    return df.sort('path', 'frame') if before is None else _with_history(df, before, retry)
+    return df if before is None else _with_history(df, before, retry)
 
-# %% ../../nbs/cohort/00_manifest.ipynb #ac801a3a
+# %% ../../nbs/cohort/00_manifest.ipynb #c35f3125
 def scan(
     dicom_dir: str | Path,  # the cohort's files; only read
     cohort_dir: str | Path,  # `outputs/<cohort>`
@@ -152,7 +167,7 @@ def scan(
     fresh, keep = not (folder/'key').exists(), settings.privacy.keep_text
     key, store = cohort_key(folder, seed), FactStore(folder/'scan', keep)
     limits = dict(max_pixels=e.max_pixels, max_inflated_bytes=e.max_inflated_bytes)
-    read = functools.partial(read_facts, root=str(root.resolve()), key=key, keep=keep, **limits)
+    read = functools.partial(read_many, root=str(root.resolve()), key=key, keep=keep, **limits)
     facts = collect_facts(files, store, read, client, e.file_timeout, retry)
     if not _any_dicom(facts):
         if fresh: _take_back(folder)
@@ -163,7 +178,7 @@ def scan(
     _publish(df, before, folder, settings, str(root.resolve()))
     return df
 
-# %% ../../nbs/cohort/00_manifest.ipynb #2882b9fd
+# %% ../../nbs/cohort/00_manifest.ipynb #93947332
 def _any_dicom(facts):
     foreign = pl.col('reason').fill_null('').str.contains('^is (empty|not a DICOM|a zip|no regular|a link|a folder)')
     return not facts.filter(pl.col('kind') != 'archive').select((foreign & pl.col('filled').is_null()).all()).item()
@@ -174,7 +189,7 @@ def _take_back(folder):
     (folder/'key').unlink(missing_ok=True)
     if folder.is_dir() and not any(folder.iterdir()): folder.rmdir()
 
-def _previous(folder): return read_manifest(folder) if (folder/'manifest.parquet').exists() else None
+def _previous(folder): return read_manifest(folder) if has_table(folder/'manifest.parquet') else None
 
 def _publish(df, before, folder, settings, dicom_dir):
     "Writes the manifest, unless it is there already"
@@ -187,15 +202,15 @@ def _publish(df, before, folder, settings, dicom_dir):
         if df.equals(before) and (meta.get('settings_hash'), meta.get('dicom_dir')) == (settings.hash, dicom_dir): return
     write_parquet(df, path, settings, dicom_dir=dicom_dir)
 
-# %% ../../nbs/cohort/00_manifest.ipynb #20a3b2a4
+# %% ../../nbs/cohort/00_manifest.ipynb #37b71496
 def read_manifest(
     cohort_dir: str | Path,  # `outputs/<cohort>`
 ) -> pl.DataFrame:  # one row per image
     "The manifest. Raises `MammoError` where there is no cohort, or the file is damaged."
     path = Path(cohort_dir)/'manifest.parquet'
-    if not path.exists():
+    if not has_table(path):
         raise MammoError(f"No cohort in {cohort_dir}; run mammo run preprocess -p cohort={Path(cohort_dir).name} -p dicom_dir=FOLDER first.")
-    try: return pl.read_parquet(path)
+    try: return read_table(path)
     except (pl.exceptions.PolarsError, OSError):
         raise MammoError(f"{path} is damaged or cannot be read; delete it and run preprocess again.") from None
 

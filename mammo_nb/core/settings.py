@@ -53,7 +53,7 @@ class Splits(_Section):
     hold_out: float = Field(0.2, gt=0, lt=1)
     valid: float = Field(0.2, gt=0, lt=1)
 
-# %% ../../nbs/core/00_settings.ipynb #9502fd47
+# %% ../../nbs/core/00_settings.ipynb #2cc56641
 class Train(_Section):
     arch: str = 'resnet18'
     pretrained: Literal['auto', 'yes', 'no'] = 'auto'
@@ -78,7 +78,7 @@ class Thresholds(_Section):
 
 class Infer(_Section):
     batch_size: int = Field(64, ge=1, le=4096)
-    precision: Literal['fp32', 'int8'] = 'fp32'
+    precision: Literal['auto', 'fp32', 'int8'] = 'auto'
     provider: Literal['auto', 'cpu', 'cuda'] = 'auto'
 
 class Engine(_Section):
