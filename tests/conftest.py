@@ -32,6 +32,41 @@ def mammo(*args, cwd, timeout=900, **env):
     return subprocess.run(cmd, cwd=cwd, capture_output=True, text=True, timeout=timeout, env=os.environ | env)
 
 
+# --- two processes share the suite (-n auto in pyproject.toml): whole files, longest first; `-n 0` runs everything in one
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch is loaded, here and in every process that a test starts: two suites on two cores
+LONGEST = 'stages rounds_cli labeler_browser notebooks cluster explain learn train_browser review_browser leaks run display'.split()
+TOGETHER = dict(test_review='test_stages', test_heads='test_explain')   # they share what takes longest to make: the demo's project, two trained phantom models
+SLOW = '04_explain', '01_rounds', '07_sites', '06_replay'   # of the notebooks
+
+
+def unit(path):
+    "What is never split between processes: a test file, or several that share something expensive"
+    return TOGETHER.get(Path(path).stem, Path(path).stem)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    "Two on every machine, since each loads torch; none for a file or two"
+    return 2 if any(Path(a).is_dir() for a in config.args) or len({a.split('::')[0] for a in config.args}) > 2 else 0
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "Units in the order of collection; notebooks are independent of each other"
+    from xdist.scheduler import LoadScopeScheduling
+    class Units(LoadScopeScheduling):
+        def _split_scope(self, nodeid): return nodeid if 'test_notebooks' in nodeid else unit(nodeid.split('::')[0])
+    config.option.loadscopereorder = False
+    return Units(config, log)
+
+
+def pytest_collection_modifyitems(items):
+    "Longest first, so that neither process waits for the other at the end"
+    rank = {f'test_{name}': k for k, name in enumerate(LONGEST)}
+    items.sort(key=lambda i: (rank.get(unit(i.path), len(rank)), unit(i.path) == 'test_notebooks' and not any(s in i.name for s in SLOW)))
+
+
 @pytest.fixture(scope='session')
 def shared():
     "The folder of real images beside the checkout"
