@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['demo_dicom', 'dicom_folder', 'preprocess', 'funnel_table', 'origin_chart', 'fill_rates', 'fill_chart', 'views_sheet']
 
-# %% ../nbs/1_preprocess.ipynb #d617df5f
+# %% ../nbs/1_preprocess.ipynb #7cb07211
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,12 +14,12 @@ import polars as pl
 from .cohort.headers import RELEVANT
 from .cohort.manifest import funnel, reject, scan, source_dir
 from .cohort.thumbs import Thumbnails, contact_sheet, make_thumbnails
-from .core.engine import Progress, engine, n_workers
+from .core.engine import Progress, check_folders, engine, has_table, n_workers
 from .core.run import Job, job, log_metrics
 from .core.settings import MammoError
 from .dicom.phantom import SITES_A, SITES_B, make_cohort
 
-# %% ../nbs/1_preprocess.ipynb #1353fd2f
+# %% ../nbs/1_preprocess.ipynb #8c7e224c
 def demo_dicom(
     cohort: str,  # 'demo_a' or 'demo_b'
     settings,  # `Settings`; [demo] is used
@@ -40,10 +40,10 @@ def dicom_folder(
     "The cohort's files: as given, or as last time, or made up. Raises `MammoError` where it cannot be known."
     if j.dicom_dir: return j.dicom_dir
     if j.cohort in ('demo_a', 'demo_b'): return demo_dicom(j.cohort, j.settings, j.folder.parent)
-    if (j.folder/'manifest.parquet').exists(): return source_dir(j.folder)
+    if has_table(j.folder/'manifest.parquet'): return source_dir(j.folder)
     raise MammoError(f"dicom_dir is empty and cohort '{j.cohort}' is new; pass the folder of its files, as in -p dicom_dir=/data/{j.cohort}")
 
-# %% ../nbs/1_preprocess.ipynb #c032c163
+# %% ../nbs/1_preprocess.ipynb #de08fb19
 def preprocess(
     j: Job,  # cohort, settings, scheduler
     dicom_dir: Path,  # the cohort's files
@@ -52,6 +52,7 @@ def preprocess(
 ) -> pl.DataFrame:  # the manifest
     "Manifest and thumbnails of a cohort. Raises `MammoError` where there is nothing to read or no room to write."
     made_up = j.cohort in ('demo_a', 'demo_b') and not j.dicom_dir
+    check_folders(client, dicom_dir, next(p for p in (j.folder, *j.folder.resolve().parents) if p.exists()))
     df = scan(dicom_dir, j.folder, j.settings, client, retry, seed=j.settings.study.seed if made_up else None)
     failed = make_thumbnails(df, dicom_dir, j.folder/'thumbnails', j.settings, client)
     return reject(j.folder, failed, j.settings)

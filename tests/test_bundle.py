@@ -1,17 +1,19 @@
 "A bundle is enough on its own, never a pickle, never changed unseen, and equal to the network it came from."
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import onnx
+import polars as pl
 import pytest
 
 import toy_cohort as toy
 from mammo_nb.core.settings import MammoError
 from mammo_nb.learn import bundle as B
-from mammo_nb.learn.bundle import Bundle, bundle_meta, export_bundle, load_weights_safely, write_bundle_json
+from mammo_nb.learn.bundle import Bundle, bundle_meta, export_bundle, int8_check, load_weights_safely, write_bundle_json
 
 S = toy.settings_with(image=dict(model_size=48))
 
@@ -54,7 +56,6 @@ def made(tmp_path_factory, images):
 @pytest.fixture
 def copy(made, tmp_path):
     "a copy to spoil"
-    import shutil
     shutil.copytree(made[0], tmp_path/'003')
     return tmp_path/'003'
 
@@ -216,3 +217,50 @@ def test_bundle_json_is_strict_json_with_all_checksums(made):
     info = json.loads((made[0]/'bundle.json').read_text(), parse_constant=no)
     assert set(info['files']) == {'model.onnx', 'model.int8.onnx', 'weights.safetensors'}
     assert info['files']['model.onnx'] == B.sha256_file(made[0]/'model.onnx')
+
+
+def held_out(n=800, seed=0):
+    "Labelled hold-out rows and sure probabilities"
+    rng = np.random.default_rng(seed)
+    y = (rng.random((n, 2)) < .2).astype(float)
+    p = np.clip(.6*y + .2 + rng.normal(0, .05, (n, 2)), .01, .99)
+    ids = [f'{i//4}' for i in range(n)]
+    df = pl.DataFrame(dict(study_id=ids, patient_id=ids) | {c: y[:, k] for k, c in enumerate(S.columns)} | {f'prob_{m}': p[:, k] for k, m in enumerate(S.names)})
+    return df, y, p
+
+
+def test_int8_is_trusted_where_it_loses_nothing_on_enough_studies():
+    df, y, p = held_out()
+    same = int8_check(df, p*.99, S, [.5, .5])
+    assert same['use'] and same['images'] == 800 and all(f['accuracy_lost'] == 0 == f['sensitivity_lost'] and f['positive_studies'] > 20 for f in same['findings'].values())
+    few = int8_check(df[:60], p[:60], S, [.5, .5])
+    assert not few['use'] and 'fewer than 20 positive studies of biopsy, mag' in few['why'] and not int8_check(df[:0], p[:0], S, [.5, .5])['use']
+
+
+@pytest.mark.parametrize('lost, use', [(1, True), (2, False), (9, False)])
+def test_int8_that_loses_more_than_02_points_of_accuracy_is_not_trusted(lost, use):
+    df, y, p = held_out()
+    worse, no = p.copy(), np.flatnonzero(y[:, 1] == 0)[:lost]
+    worse[no, 1] = .9  # false alarms: 2 of 800 images are 0.25 points
+    got = int8_check(df, worse, S, [.5, .5])
+    assert got['use'] is use and got['findings']['mag']['accuracy_lost'] == round(lost/800, 6) and (use or 'mag' in got['why'])
+
+
+def test_int8_that_misses_a_study_is_not_trusted():
+    df, y, p = held_out()
+    worse, study = p.copy(), df.filter(pl.col(S.columns[0]) == 1)['study_id'][0]
+    worse[(df['study_id'] == study).to_numpy(), 0] = .1
+    got = int8_check(df, worse, S, [.5, .5])
+    assert not got['use'] and got['findings']['biopsy']['sensitivity_lost'] > .002 and 'biopsy' in got['why']
+
+
+@pytest.mark.parametrize('note, want', [(dict(use=True), 'int8'), (dict(use=False), 'fp32'), (dict(use='yes'), 'fp32'), (None, 'fp32'), ('damaged', 'fp32')])
+def test_auto_takes_int8_only_where_the_check_passed(made, tmp_path, note, want):
+    folder = tmp_path/'b'
+    shutil.copytree(made[0], folder)
+    info = json.loads((folder/'bundle.json').read_text())
+    write_bundle_json(folder, info | dict(int8=note))
+    assert Bundle.load(folder, 'auto', provider='cpu').precision == want
+    (folder/'model.int8.onnx').unlink()
+    assert Bundle.load(folder, 'auto', provider='cpu').precision == 'fp32'
+    assert Bundle.load(folder/'model.onnx', 'auto').precision == 'fp32', 'a single file is what it is'

@@ -1,22 +1,31 @@
 """Inference: fixed groups, resumption, rejected images, aggregation; each a mistake that public pipelines of this idea make."""
 import dataclasses
+import functools
+import os
 
 import numpy as np
 import polars as pl
 import pytest
+import torch
+from torch import nn
 
 import mammo_nb.infer as infer_module
+import mammo_nb.learn.answers as answers_module
 from conftest import small_project
 from mammo_nb.cohort.manifest import funnel, scan
+from mammo_nb.core.engine import engine
 from mammo_nb.core.run import job
 from mammo_nb.core.settings import MammoError, load_settings
 from mammo_nb.dicom.phantom import SITES_B, make_cohort
-from mammo_nb.infer import aggregate, cohort_shift, groups_of, infer, newest_bundle, predict, shift_table, with_status, write_csv
+from mammo_nb.infer import aggregate, cohort_shift, infer, newest_bundle, predict, shift_table, with_status, write_csv
+from mammo_nb.learn.answers import group_size, groups_of
+from mammo_nb.learn.bundle import Bundle, bundle_meta, export_bundle
 from mammo_nb.metrics.shift import shift_reference
 
 
 class Model:
-    "Answers with the mean of the image, so that every image has its own probability"
+    "Answers with the mean of the image, so that every image has its own probability; asked in this process, as one on a GPU is"
+    provider = 'CUDAExecutionProvider'
     names, size, thresholds, id, precision, meta = ('biopsy', 'mag'), 64, (.3, .5), 'mean-r001-00000000', 'fp32', dict(preprocessing_version=1)
     choices, reference = dict(biopsy=dict(flag=.3), mag=dict(flag=.5)), None
 
@@ -40,7 +49,7 @@ def cohort(tmp_path_factory):
 
 def test_every_image_is_predicted_once_in_fixed_groups(cohort):
     s, _, manifest = cohort
-    groups = groups_of(manifest, 4)
+    groups = list(groups_of(manifest, 4))
     ids = [r[0] for g in groups for r in g]
     assert ids == manifest.filter(status='ok')['image_id'].to_list() and len(set(ids)) == len(ids)
     assert {len(g) for g in groups[:-1]} == {4}
@@ -84,12 +93,12 @@ def test_a_changed_file_is_read_again(cohort, tmp_path):
 
 def test_a_failing_group_costs_only_the_guilty_image(cohort, tmp_path, monkeypatch):
     s, dicom, manifest = cohort
-    guilty, real = groups_of(manifest, 4)[1][2][0], infer_module.group_inputs
+    guilty, real = list(groups_of(manifest, 4))[1][2][0], answers_module.group_inputs
 
     def crash(rows, **kw):
         if any(r[0] == guilty for r in rows): raise MemoryError
         return real(rows, **kw)
-    monkeypatch.setattr(infer_module, 'group_inputs', crash)
+    monkeypatch.setattr(answers_module, 'group_inputs', crash)
     probs, _, _ = predict(manifest, dicom, Model(), tmp_path, s)
     p = with_status(manifest, probs)
     lost = p.filter((manifest['status'] == 'ok') & (p['status'] == 'rejected'))
@@ -159,3 +168,60 @@ def test_shift_names_the_site_that_differs():
 
 def test_no_model_is_one_sentence(tmp_path):
     with pytest.raises(MammoError, match='No trained model under .* run mammo run train, or name one with bundle=PATH'): newest_bundle(tmp_path/'x')
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory):
+    "A real bundle of a tiny network"
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveMaxPool2d(1), nn.Flatten(), nn.Linear(16, 2)).eval()
+    s, folder = load_settings(), tmp_path_factory.mktemp('bundle')/'001'
+    s = s.model_copy(update=dict(image=s.image.model_copy(update=dict(model_size=64))))
+    images = np.random.default_rng(0).integers(0, 256, (16, 64, 64), dtype=np.uint8)
+    export_bundle(net, folder, bundle_meta(s, 'toy', 1), images)
+    return folder
+
+
+def test_workers_and_this_process_and_a_gpu_give_the_same_numbers(cohort, bundle, tmp_path):
+    s, dicom, manifest = cohort
+    s = s.model_copy(update=dict(infer=s.infer.model_copy(update=dict(batch_size=16)), engine=s.engine.model_copy(update=dict(workers=2))))
+    model = Bundle.load(bundle, provider='cpu')
+    here = predict(manifest, dicom, model, tmp_path/'a', s)[0].sort('image_id')
+    with engine(s) as client:
+        there = predict(manifest, dicom, model, tmp_path/'b', s, client)[0].sort('image_id')
+        one = type('OnGPU', (), dict(provider='CUDAExecutionProvider', __getattr__=lambda self, k: getattr(model, k)))()
+        gpu = predict(manifest, dicom, one, tmp_path/'c', s, client)[0].sort('image_id')
+    assert here.height > 16 and here.drop('failed').equals(there.drop('failed')) and here['failed'].is_null().equals(there['failed'].is_null())
+    assert np.allclose(gpu['prob_biopsy'].drop_nulls(), here['prob_biopsy'].drop_nulls(), atol=1e-6)
+
+
+@pytest.mark.parametrize('n, most, workers', [(5, 64, 2), (240, 64, 2), (240, 64, 1), (10**6, 64, 2), (10**6, 4, 2), (1000, 100, 7)])
+def test_group_sizes_share_their_borders(n, most, workers):
+    size = group_size(n, most, workers)
+    assert 1 <= size <= most and (size % 8 == 0 or size == most < 8)
+
+
+def test_a_worker_that_dies_costs_only_the_guilty_image(cohort, bundle, tmp_path):
+    s, dicom, manifest = cohort
+    s = s.model_copy(update=dict(infer=s.infer.model_copy(update=dict(batch_size=16)), engine=s.engine.model_copy(update=dict(workers=2))))
+    model = Bundle.load(bundle, provider='cpu')
+    whole = predict(manifest, dicom, model, tmp_path/'a', s)[0].sort('image_id')
+    guilty = whole.filter(pl.col('failed').is_null())['image_id'][11]
+    with engine(s) as client:
+        client.run(crash_on, guilty)
+        client.register_worker_callbacks(functools.partial(crash_on, guilty))
+        got = predict(manifest, dicom, model, tmp_path/'b', s, client)[0].sort('image_id')
+    lost = pl.col('image_id') == guilty
+    assert 'brought the reading process down' in got.filter(lost)['failed'][0]
+    assert got.filter(~lost).select('prob_biopsy', 'prob_mag').equals(whole.filter(~lost).select('prob_biopsy', 'prob_mag'))
+
+
+def crash_on(guilty):
+    "Makes this process die when it reads one image"
+    import mammo_nb.learn.answers as a
+    real = a._one_file
+    a._one_file = lambda rows, *args: os._exit(9) if any(r[0] == guilty for r in rows) else real(rows, *args)
+
+
+def test_a_worker_with_another_model_says_so(bundle, tmp_path):
+    with pytest.raises(MammoError, match='is another model on this worker'): answers_module._session(str(bundle), 'fp32', 'f'*64)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['page_notebook', 'serve_labeler', 'main']
 
-# %% ../../nbs/labels/02_serve.ipynb #9e4c77e2
+# %% ../../nbs/labels/02_serve.ipynb #15c66e7b
 import argparse
 import importlib.util
 import json
@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from ..core.engine import has_table
 from ..core.run import job
 from ..core.settings import MammoError
 
@@ -90,7 +91,7 @@ def _wait(proc, url, log, seconds):
     lines = Path(log).read_text(errors='replace').strip().splitlines() or ['it said nothing']
     raise MammoError(f"Voila did not start: {lines[-1]}")
 
-# %% ../../nbs/labels/02_serve.ipynb #29901aa2
+# %% ../../nbs/labels/02_serve.ipynb #f81d0928
 def serve_labeler(
     cohort: str,  # its name
     rater: str,  # whose labels
@@ -107,7 +108,7 @@ def serve_labeler(
     if not importlib.util.find_spec('voila'):
         raise MammoError("The labeler's own page needs Voila; install it with: pip install 'mammo_nb[serve]', or work in the stages 2_label and 5_review.")
     j = job(cohort, outputs=outputs, settings=settings, bundle=bundle)
-    if not (j.folder/'manifest.parquet').exists() and not (j.folder/'labels.sqlite').exists():
+    if not has_table(j.folder/'manifest.parquet') and not (j.folder/'labels.sqlite').exists():
         raise MammoError(f"No cohort in {j.folder}; run mammo run preprocess -p cohort={cohort} -p dicom_dir=FOLDER first.")
     if review and not any(j.folder.glob('predictions/*/studies.csv')):
         raise MammoError(f"Nothing to review in {j.folder}; run mammo run infer -p cohort={cohort} first.")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['has_page', 'render_wide', 'Detail', 'page_files', 'key_actions', 'Station', 'Labeler', 'kind', 'Agreement']
 
-# %% ../../nbs/labels/01_widget.ipynb #d546f5bd
+# %% ../../nbs/labels/01_widget.ipynb #e5eb9b97
 import base64
 import copy
 import hashlib
@@ -27,6 +27,7 @@ from fastcore.basics import patch
 from ..cohort.files import source_path
 from ..cohort.manifest import read_manifest, source_dir
 from ..cohort.thumbs import Thumbnails, contact_sheet
+from ..core.engine import has_table
 from ..core.settings import MammoError, Settings
 from ..dicom.display import display_lut, render
 from ..dicom.read import Source
@@ -142,11 +143,11 @@ class Station(anywidget.AnyWidget):
         super().close()
         if self.store: self.store.close()
 
-# %% ../../nbs/labels/01_widget.ipynb #18c11465
+# %% ../../nbs/labels/01_widget.ipynb #70fe68eb
 @patch
 def _know_images(self:Station):
     "Syncs the manifest where there is one, and remembers per image its view, study and size"
-    if (self.folder/'manifest.parquet').exists() or not len(self.store.images()):
+    if has_table(self.folder/'manifest.parquet') or not len(self.store.images()):
         manifest = read_manifest(self.folder)
         self.store.sync_images(manifest)
         ok = manifest.filter(pl.col('status') == 'ok')

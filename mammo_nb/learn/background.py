@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['is_running', 'progress_of', 'Note', 'round_lock', 'Handle', 'running_round', 'last_round', 'start_round', 'main']
 
-# %% ../../nbs/learn/08_background.ipynb #fe0e307a
+# %% ../../nbs/learn/08_background.ipynb #8db2e204
 import json
 import os
 import signal
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from ..core.engine import utc_now, write_json
+from ..core.engine import has_table, utc_now, write_json
 from ..core.settings import MammoError, Settings
 
 # %% ../../nbs/learn/08_background.ipynb #dbb0453c
@@ -173,7 +173,7 @@ def last_round(
     p = progress_of(cohort_dir)
     return Handle(cohort_dir, p['pid']) if 'pid' in p else None
 
-# %% ../../nbs/learn/08_background.ipynb #3f550dc0
+# %% ../../nbs/learn/08_background.ipynb #3c0cde01
 def start_round(
     cohort_dir: str | Path,  # outputs/<cohort>
     settings,  # the study
@@ -185,7 +185,7 @@ def start_round(
 ) -> Handle:
     "Trains a round in a process of its own and returns at once. Raises `MammoError` while another round is running, and without a cohort."
     d = Path(cohort_dir).absolute()
-    if not (d/'manifest.parquet').exists():
+    if not has_table(d/'manifest.parquet'):
         raise MammoError(f"No cohort at {d}; run 1_preprocess first (mammo run preprocess -p cohort={d.name} -p dicom_dir=FOLDER).")
     (d/'rounds').mkdir(exist_ok=True)
     task = dict(settings=settings.model_dump(mode='json'), root=str(settings.root), epochs=epochs, seed=seed, int8=int8, fresh=fresh, nice=nice)

@@ -139,13 +139,14 @@ def _limits(info):
     if info['head'] == 'softmax': out.append('- The softmax head cannot report two findings on one image.')
     return [*out, '']
 
-# %% ../../nbs/learn/09_card.ipynb #922046fc
+# %% ../../nbs/learn/09_card.ipynb #ac835c61
 def _technical(info):
     a = info.get('agreement', {})
     yield (f"Network {info['arch']} at {info['size']} pixels, {'trained from scratch' if info['scratch'] else info['weights'].rstrip('.')}. Preprocessing version {info['preprocessing_version']}, "
            f"head {info['head']}, mammo_nb {info['package_version']}, {info['created_utc']}.")
     if 'fp32' in a: yield f"ONNX against torch on {a['fp32']['images']} real thumbnails: largest difference {a['fp32']['max_dp']:.1e}."
     if 'int8' in a: yield f"int8 against fp32: mean difference {a['int8']['mean_dp']:.4f}, {100*a['int8']['flipped']:.1f} % of answers differ."
+    if info.get('int8'): yield f"Stage 4 uses {'int8' if info['int8']['use'] else 'fp32'} by default: {info['int8']['why']}."
 
 def model_card(
     info: dict,  # what goes into `bundle.json`

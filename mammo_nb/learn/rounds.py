@@ -12,7 +12,7 @@ import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/01_rounds.ipynb #c55ed4a8
+# %% ../../nbs/learn/01_rounds.ipynb #6d874867
 import contextlib
 import copy
 import hashlib
@@ -42,7 +42,7 @@ from ..core.settings import MammoError
 from ..labels.store import LabelStore, now_utc
 from .acquire import pool_frame
 from .background import round_lock
-from .bundle import Bundle, bundle_meta, export_bundle, load_weights_safely, write_bundle_json
+from .bundle import Bundle, bundle_meta, export_bundle, int8_check, load_weights_safely, write_bundle_json
 from .card import data_counts, error_sheet, model_card, worst_errors
 from .data import input_batch, labelled_frame, make_dls, make_loss, n_outputs
 from .resume import Keep, Work, plan_key
@@ -629,7 +629,7 @@ def _reference(manifest, labelled, pool, bundle, thumbs, most=1000, least=200):
         parts.append(pl.DataFrame(intensity_features(x) | {n: [known[j][k] for j in some] for k, n in enumerate(names)}))
     return shift_reference(pl.concat([rows, pl.concat(parts)], how='horizontal')) if parts else {}
 
-# %% ../../nbs/learn/01_rounds.ipynb #3edd8d0b
+# %% ../../nbs/learn/01_rounds.ipynb #d7c17585
 _pool_columns = ('image_id', 'study_id', 'patient_id', 'laterality', 'view', 'split', 'status', 'skipped')
 
 def _export(tmp, cohort_dir, number, model, mean, std, seen, thumbs, s, facts, int8):
@@ -638,11 +638,11 @@ def _export(tmp, cohort_dir, number, model, mean, std, seen, thumbs, s, facts, i
     meta = bundle_meta(s, cohort_dir.name, number, thresholds=[choices[n]['flag'] for n in s.names], temperature=temp, mean=mean, std=std,
                        choices=choices,
                        label_snapshot=facts['label_snapshot'], arch=s.train.arch, shrink=s.train.shrink, seed=facts['seed'])
-    order = np.random.default_rng(facts['seed']).permutation(seen.height)[:64]
+    order = np.random.default_rng(facts['seed']).permutation(seen.height)[:256]
     ids = check_split(seen[order.tolist()], what='The export')['image_id'].to_list()
     return meta, export_bundle(model, tmp, meta, input_batch(thumbs, ids, s.image.model_size), int8)
 
-# %% ../../nbs/learn/01_rounds.ipynb #232f6fdc
+# %% ../../nbs/learn/01_rounds.ipynb #431ba109
 def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs, settings, facts, job, warn, began):
     "everything of a round into the folder `tmp`; gives what `bundle.json` holds"
     s, names = settings, settings.names
@@ -656,7 +656,7 @@ def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs,
     scores = score_report(held, names, s.columns, meta['thresholds'], seed=s.study.seed) if held.height else None
     if scores: scores['sampling'] = facts['sampling']['hold_out']
     else: warn.append('No hold-out image is labelled, so nothing is known about the accuracy; label the queue hold_out.')
-    info = meta | dict(id=bundle.id, labels=_counts(frame, s), pool=pool.height, scores=scores, agreement=agree, warnings=warn,
+    info = meta | dict(id=bundle.id, labels=_counts(frame, s), pool=pool.height, scores=scores, agreement=agree, warnings=warn, int8=_int8(tmp, held, thumbs, s, meta),
                        reference=_reference(job['manifest'], labelled, pool, bundle, thumbs))
     info |= {k: v for k, v in facts.items() if k not in meta}
     info['subgroups'] = _subgroups(held, s, meta['thresholds'])
@@ -666,6 +666,13 @@ def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs,
     if wrong.height: error_sheet(wrong, thumbs).savefig(tmp/'figures'/'failures.png', dpi=90)
     (tmp/'MODEL_CARD.md').write_text(model_card(info), encoding='utf-8')
     return write_bundle_json(tmp, info | dict(seconds=round(time.monotonic()-began, 1)))
+
+# %% ../../nbs/learn/01_rounds.ipynb #f5406e55
+def _int8(folder, held, thumbs, settings, meta):
+    "what int8 would cost on the hold-out; None where it was not exported"
+    if not (folder/'model.int8.onnx').exists(): return None
+    again = _probs(Bundle.load(folder, 'int8', provider='cpu'), thumbs, held, settings.names)
+    return int8_check(held, again.select(f'prob_{n}' for n in settings.names).to_numpy(), settings, meta['thresholds'])
 
 def _subgroups(held, settings, thresholds):
     "hold-out scores per site, vendor and view, as rows"

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FEATURES', 'VERDICTS', 'intensity_features', 'shift_reference', 'shift_report', 'plot_shift']
 
-# %% ../../nbs/metrics/03_shift.ipynb #8601fb39
+# %% ../../nbs/metrics/03_shift.ipynb #2683e750
 import numpy as np
 import polars as pl
-from scipy.stats import f as fdist
+from scipy.special import fdtrc
 
 from ..cohort.thumbs import Sheet
 from ..core.settings import MammoError
@@ -81,7 +81,7 @@ def shift_reference(
                       shares=(_counts(v, edges)/len(v)).round(6).tolist(), q=np.quantile(v, _q).round(6).tolist())
     return out
 
-# %% ../../nbs/metrics/03_shift.ipynb #6f998774
+# %% ../../nbs/metrics/03_shift.ipynb #4813929a
 def _distances(r, v):
     "`(psi, ks, wasserstein)` between a reference entry and values"
     ref, count = np.asarray(r['shares']), _counts(v, np.asarray(r['edges']))
@@ -100,7 +100,7 @@ def _chance(r, v, who):
     x2, mean, square = float(((_counts(v, edges)/len(v)-ref)**2/a).sum()), float(np.trace(lam)), float((lam*lam).sum())
     if len(a) < 2 or mean <= 0 or k < 2: return 1., mean
     df = mean**2/square
-    return float(fdist.sf(x2/mean, df, df*(k-1))), mean
+    return float(fdtrc(df, df*(k-1), x2/mean)), mean
 
 # %% ../../nbs/metrics/03_shift.ipynb #bfcdf728
 VERDICTS = ('as in training', 'differs a little', 'differs a lot', 'too few images to say')
