@@ -25,7 +25,7 @@ from mammo_nb.metrics.shift import shift_reference
 
 class Model:
     "Answers with the mean of the image, so that every image has its own probability; asked in this process, as one on a GPU is"
-    provider = 'CUDAExecutionProvider'
+    provider, path = 'CUDAExecutionProvider', '.'
     names, size, thresholds, id, precision, meta = ('biopsy', 'mag'), 64, (.3, .5), 'mean-r001-00000000', 'fp32', dict(preprocessing_version=1)
     choices, reference = dict(biopsy=dict(flag=.3), mag=dict(flag=.5)), None
 

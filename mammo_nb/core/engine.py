@@ -430,7 +430,7 @@ def _in_worker(fn, items, timeout):
             out.append(_call(fn, it))
     return out
 
-# %% ../../nbs/core/01_engine.ipynb #c3d93a86
+# %% ../../nbs/core/01_engine.ipynb #e6d6661a
 def _finished(queue, client):
     "Futures with their results in order of completion. Raises `MammoError` when the cluster is gone, since no file is to blame for that"
     address, alive, asked = client.scheduler.address if client.scheduler else 'this machine', time.monotonic(), 0
@@ -443,6 +443,7 @@ def _finished(queue, client):
             if isinstance(e, (ImportError, AttributeError)):
                 raise MammoError(f"A worker of {address} cannot run this code ({type(e).__name__}); bring the whole cluster to the same state of mammo_nb and restart it.")
             yield future, result
+        if queue.is_empty(): return
         with queue.thread_condition:  # held while looking, so that no answer slips in between
             if queue.has_ready() or queue.thread_condition.wait(.5): continue
         if (now := time.monotonic()) - asked > 5:
