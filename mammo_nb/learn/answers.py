@@ -61,10 +61,10 @@ def group_inputs(
         if reasons[i] is None: x[i] = got[r[0]]
     return x, reasons
 
-# %% ../../nbs/learn/13_answers.ipynb #d04cb414
+# %% ../../nbs/learn/13_answers.ipynb #fb1fc5d2
 AT_ONCE = 8
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)
 def _session(path, precision, sha):
     "A worker's model, opened once"
     model = Bundle.load(path, precision, provider='cpu', threads=1)
