@@ -20,6 +20,7 @@ from mammo_nb.learn.acquire import Batch, next_batch, pool_frame, random_queue, 
 
 S = toy.tiny_settings()
 WEIGHTS = SHARED/'weights'/'mobilenet_v2-b0353104.pth'
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def manifest(seed, patients=30, per=4):
@@ -29,16 +30,6 @@ def manifest(seed, patients=30, per=4):
             for p in range(patients) for k in range(per)]
     m = pl.DataFrame(rows).with_columns(pl.col('split').replace('', None).forward_fill())
     return m.with_columns(prob_biopsy=pl.Series(rng.random(len(m))), prob_mag=pl.Series(rng.random(len(m))))
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    "tiny networks gain nothing from more, and tests share the machine"
-    import torch
-    n = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n)
 
 
 # ---- what is asked next

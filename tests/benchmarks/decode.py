@@ -6,7 +6,6 @@ Times are CPU times of one process, medians; only their ratios travel. Memory is
 import argparse
 import functools
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from mammo_nb.dicom.phantom import phantom_image
 from mammo_nb.dicom.read import open_source
 from PIL import Image
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
+from turns import medians
 
 THUMB = 512
 SYNTAXES = {'uncompressed': df.EXPLICIT, 'big endian': df.BIG, 'deflated': df.DEFLATED, 'RLE': df.RLE, 'JPEG baseline, 8 bits': df.BASELINE,
@@ -72,22 +72,6 @@ def slices(n, size):
     return [np.clip(f, 0, 4095).astype(np.uint16) for f in out]
 
 
-def cpu(fn):
-    t = time.process_time()
-    fn()
-    return time.process_time() - t
-
-
-def compared(sides, repeat):
-    "Median CPU seconds of each side; they take turns, after a round that does not count"
-    times = {k: [] for k in sides}
-    for i in range(repeat + 1):
-        for k, fn in sides.items():
-            t = cpu(fn)
-            if i: times[k].append(t)
-    return [statistics.median(v) for v in times.values()]
-
-
 PEAK = '''
 import sys, decode
 from mammo_nb.dicom.display import render
@@ -127,12 +111,13 @@ def rows(repeat: int = 5, small: bool = False) -> list[dict]:
             try: reference(p)
             except Exception: sides = dict(ours=functools.partial(render, p, THUMB))  # pydicom has no decoder of its own for it
             else: sides = dict(ref=functools.partial(reference, p), ours=functools.partial(render, p, THUMB))
-            *ref, ours = compared(sides, repeat)
+            *ref, ours = medians(sides, repeat, time.process_time).values()
             out.append(row(f'thumbnail of {size[0]}×{size[1]}, {name}', naive if ref else 'none: pydicom cannot', ref[0]*1e3 if ref else None, ours*1e3, 'CPU ms'))
         for name, ts in SYNTAXES.items():
             out.append(row(f'peak memory, {big[0]}×{big[1]}, {name}', 'limit', None, peak_mb(write(d/'a', [b], ts), 'thumbnail'), 'MB', 120, less=True))
         p = write(d/'v', slices(n, deep), df.J2K_LOSSLESS)
-        ref, ours = compared(dict(ref=functools.partial(reference_volume, p), ours=functools.partial(volume, p)), 1 if not small else repeat)
+        sides = dict(ref=functools.partial(reference_volume, p), ours=functools.partial(volume, p))
+        ref, ours = medians(sides, 1 if not small else repeat, time.process_time).values()  # the reference takes a minute
         text = f'{n} frames of {deep[0]}×{deep[1]}, JPEG 2000'
         out.append(row(f'thumbnails of {text}', naive + ', the whole stack', ref, ours, 'CPU s', 20 if not small else None))
         out.append(row(f'peak memory, {text}', 'limit', None, peak_mb(p, 'volume'), 'MB', 100, less=True))

@@ -10,7 +10,6 @@ import os
 import shutil
 import statistics
 import tempfile
-import time
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -24,6 +23,7 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
+from turns import medians, seconds
 
 ATTRIBUTES = """SOPInstanceUID SeriesInstanceUID StudyInstanceUID AccessionNumber PatientID StudyDate Modality Manufacturer ManufacturerModelName InstitutionName
     ImageType Rows Columns BitsStored PhotometricInterpretation ImageLaterality ViewPosition SeriesDescription PatientOrientation BurnedInAnnotation
@@ -145,20 +145,6 @@ def scanned(folder, out, settings, client, seed):
     return scan(folder, out, settings, client, seed=seed)
 
 
-def _timed(fn):
-    t = time.perf_counter()
-    fn()
-    return time.perf_counter() - t
-
-
-def _alternately(sides, repeat):
-    "Medians of seconds, the sides taking turns; the first turn is for warming up"
-    times = {k: [] for k in sides}
-    for r in range(repeat + 1):
-        for k, fn in sides.items(): times[k] += [_timed(fn)][:r]  # nothing of turn 0
-    return {k: statistics.median(v) for k, v in times.items()}
-
-
 def _row(work, reference, ref, ours, n, bar=8.):
     return dict(work=work, reference=reference, reference_value=round(n/ref, 1), ours_value=round(n/ours, 1), unit='files/s', ratio=round(ref/ours, 2), bar=bar,
                 ok=None if bar is None else ref/ours >= bar)
@@ -196,13 +182,13 @@ def rows(repeat=5, small=False):
                 shutil.rmtree(d/'cohort', ignore_errors=True)
                 scanned(folder, d/'cohort', s, client, next(seed))  # another key each time: no worker knows a kind of header
             m = min(n, 2000)
-            t = _alternately(_one_process(folder, m), repeat)
+            t = medians(_one_process(folder, m), repeat)
             out.append(_row(f'parser alone, one core, {name}', 'pydicom stop_before_pixels', t['dcmread'], t['walk'], m))
             out.append(_row(f'header to facts, one core, {name}', 'pydicom stop_before_pixels, 25 attributes, DataFrame', t['attributes'], t['facts'], m))
-            t = _alternately(dict(read=lambda: read_headers(folder, workers), table=lambda: researchers_table(folder, workers, d/'table.parquet'), ours=ours), repeat)
+            t = medians(dict(read=lambda: read_headers(folder, workers), table=lambda: researchers_table(folder, workers, d/'table.parquet'), ours=ours), repeat)
             out.append(_row(f'scan, folder to manifest, {name}', 'pydicom stop_before_pixels alone, joblib, 2 processes', t['read'], t['ours'], n))
             out.append(_row(f'scan, folder to manifest, {name}', 'the same with 25 attributes into a Parquet file', t['table'], t['ours'], n))
-        again = statistics.median(_timed(lambda: scanned(folder, d/'cohort', s, None, 0)) for _ in range(repeat))
+        again = statistics.median(seconds(lambda: scanned(folder, d/'cohort', s, None, 0)) for _ in range(repeat))
         out.append(dict(work=f'second scan of {n:,} unchanged files', reference='limit', reference_value=1., ours_value=round(again, 3), unit='s', ratio=round(1/again, 2), bar=1., ok=again < 1))
     return out
 

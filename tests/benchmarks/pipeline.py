@@ -7,9 +7,7 @@ cores. Both sides use the same model and the same number of processes, are warme
 import argparse
 import os
 import shutil
-import statistics
 import tempfile
-import time
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -28,6 +26,7 @@ from PIL import Image
 from pydicom.dataset import Dataset
 from pydicom.pixels import apply_modality_lut, apply_voi_lut
 from pydicom.uid import generate_uid
+from turns import medians
 
 THUMB, MODEL = 512, 224
 
@@ -65,21 +64,6 @@ def cohort(folder, syntax, n, size):
         write_dicom(folder/f'{k}.dcm', img, ds, syntax)
     rows = [dict(image_id=f'{k:016x}', path=f'{k}.dcm', frame=0, status='ok') for k in range(n)]
     return pl.DataFrame(rows)
-
-
-def clock(fn):
-    t = time.perf_counter()
-    fn()
-    return time.perf_counter() - t
-
-
-def medians(sides, repeat):
-    "Seconds of each side, warmed up first, taking turns"
-    times = {k: [] for k in sides}
-    for fn in sides.values(): fn()
-    for _ in range(repeat):
-        for k, fn in sides.items(): times[k].append(clock(fn))
-    return {k: statistics.median(v) for k, v in times.items()}
 
 
 def row(work, reference, a, b, unit, bar):
