@@ -3,7 +3,6 @@ import itertools
 import os
 import threading
 import time
-from pathlib import Path
 
 import polars as pl
 import pytest

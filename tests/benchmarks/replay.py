@@ -8,7 +8,6 @@ strategy was chosen; the figures are of 202, which nothing was chosen on. ImageN
 """
 import argparse
 import os
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
