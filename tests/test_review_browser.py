@@ -174,6 +174,7 @@ def test_one_writer_per_rater_across_labeler_and_reviewer(lab, start):
     assert p.data('refused') == '1' and 'another tab' in p.words('banner')
     q.page.close()
     p.root.get_by_role('button', name='Review here instead').click()
+    p.wait('document.activeElement === root')   # the button goes away, and the keys must not go to JupyterLab
     p.press('a').saved()
     assert len(events(c)) == 8
 
