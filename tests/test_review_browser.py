@@ -173,9 +173,14 @@ def test_one_writer_per_rater_across_labeler_and_reviewer(lab, start):
     p.state('readonly').page.keyboard.press('a')
     assert p.data('refused') == '1' and 'another tab' in p.words('banner')
     q.page.close()
+    p.root.evaluate('''(root) => {
+      window.mmStates = [];
+      new MutationObserver(() => window.mmStates.at(-1) !== root.dataset.state && window.mmStates.push(root.dataset.state)).observe(root, { attributeFilter: ["data-state"] });
+    }''')
     p.root.get_by_role('button', name='Review here instead').click()
-    p.wait('document.activeElement === root')   # the button goes away, and the keys must not go to JupyterLab
+    p.wait('document.activeElement === root')  # the button goes away, and the keys must not go to JupyterLab
     p.press('a').saved()
+    assert [s for s in p.page.evaluate('window.mmStates') if s != 'readonly'][:2] == ['loading', 'ready']  # a key is taken from when all is shown anew, not before
     assert len(events(c)) == 8
 
 

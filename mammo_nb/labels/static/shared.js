@@ -180,7 +180,7 @@ class Station {
     this.errorText = h("span", {});
     this.error = h("div", { class: "mm-error", role: "alert", hidden: true }, this.errorText,
                    h("button", { type: "button", "aria-label": "Dismiss the message", onclick: () => this.complain("") }, "×"));
-    this.take = h("button", { type: "button", class: "mm-take", hidden: true, onclick: () => { this.hello(this.queue, true); this.root.focus({ preventScroll: true }); } }, here);
+    this.take = h("button", { type: "button", class: "mm-take", hidden: true, onclick: () => this.hello(this.queue, true) }, here);
     this.help = h("div", { class: "mm-help", role: "dialog", "aria-label": "Keys", hidden: true }, h("h2", {}, "Keys"),
                   h("table", {}, ...help.rows.map(([k, t]) => h("tr", {}, h("td", {}, h("kbd", {}, k)), h("td", {}, t)))), h("p", {}, help.text));
     this.counters = {};
@@ -286,6 +286,7 @@ class Station {
   }
   lease(holder) {
     if (!this.queue || holder === undefined) return;
+    if (this.greeting && holder === this.client) return;  // the answer to our hello comes next, and shows everything anew
     const was = this.readonly;
     this.readonly = holder !== this.client;
     if (was !== this.readonly) { this.show(); this.counts(); }
