@@ -1,4 +1,5 @@
 """Every building-block notebook runs from top to bottom, as nbdev-test runs it; the stages are run in test_stages."""
+import json
 import os
 import subprocess
 import sys
@@ -15,3 +16,11 @@ def test_notebook(notebook):
     code = "import sys\nfrom nbdev.test import test_nb\nok, _ = test_nb(sys.argv[1], skip_flags=['notest', 'slow'])\nsys.exit(not ok)"
     done = subprocess.run([sys.executable, '-c', code, ROOT/notebook], cwd=ROOT, capture_output=True, text=True, env=os.environ | {'MPLBACKEND': 'agg'})
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize('notebook', sorted(p.relative_to(ROOT) for p in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts), ids=str)
+def test_no_widget_state(notebook):
+    "A saved widget is a page of script and ids that differ at every run"
+    nb = json.loads((ROOT/notebook).read_text(encoding='utf-8'))
+    assert 'widgets' not in nb['metadata']
+    assert not [o for c in nb['cells'] for o in c.get('outputs', ()) if any('widget' in kind for kind in o.get('data', ()))]
