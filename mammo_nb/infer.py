@@ -6,19 +6,21 @@
 __all__ = ['newest_bundle', 'predict', 'with_status', 'aggregate', 'write_csv', 'cohort_shift', 'shift_table', 'cohort_manifest',
            'infer']
 
-# %% ../nbs/4_infer.ipynb #5d1b5f39
+# %% ../nbs/4_infer.ipynb #2f874d3a
 import time
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 
+from .cohort.facts import SEEN_AS, cohort_tag
 from .cohort.manifest import funnel, read_manifest, scan, source_dir
-from .core.engine import atomic_path, check_folders, engine, has_table, read_table, write_parquet
+from .core.engine import check_folders, engine, has_table, only_run, read_table, write_parquet, write_text
 from .core.run import job, log_metrics
 from .core.settings import MammoError
 from .learn.answers import answered, answers, group_size, groups_of
 from .learn.bundle import Bundle, current_number, current_round
+from .learn.header_model import header_model_of, judge
 from .metrics.shift import FEATURES, plot_shift, shift_report
 from .metrics.thresholds import study_threshold
 from .preprocess import demo_dicom
@@ -33,7 +35,7 @@ def newest_bundle(
         if current_number(d) is not None: return current_round(d)
     raise MammoError(f"No trained model under {here/'rounds'}; run mammo run train, or name one with bundle=PATH.")
 
-# %% ../nbs/4_infer.ipynb #d65cfd37
+# %% ../nbs/4_infer.ipynb #443563f8
 def _part(group, values, reasons):
     "One group's rows"
     cols = {k: pl.Series([None if r else float(a) for a, r in zip(v, reasons)], dtype=pl.Float32) for k, v in values.items()}
@@ -47,13 +49,13 @@ def _done(folder, manifest):
     "Rows of an earlier run that still hold: same model folder, same image, file unchanged"
     files = [*sorted((folder/'parts').glob('*.parquet')), *([folder/'predictions.parquet'] if has_table(folder/'predictions.parquet') else [])]
     if not files: return None
-    frames = [read_table(f) for f in files]
-    old = pl.concat([f.filter(pl.col('status') != 'duplicate').select('image_id', 'bytes', 'mtime_ns', pl.col('reason').alias('failed'), *_measured(f))
-                     if 'status' in f.columns else f.select('image_id', 'bytes', 'mtime_ns', 'failed', *_measured(f)) for f in frames], how='diagonal')
-    return old.join(manifest.filter(pl.col('status') == 'ok').select('image_id', 'bytes', 'mtime_ns'),
-                    on=['image_id', 'bytes', 'mtime_ns'], how='semi').unique('image_id', keep='last')
+    frames = [read_table(f, fix=f'delete {folder} and run infer again', model=folder.name) for f in files]
+    old = pl.concat([f.filter(pl.col('status') != 'duplicate').select('image_id', *SEEN_AS[1:], pl.col('reason').alias('failed'), *_measured(f))
+                     if 'status' in f.columns else f.select('image_id', *SEEN_AS[1:], 'failed', *_measured(f)) for f in frames], how='diagonal')
+    return old.join(manifest.filter(pl.col('status') == 'ok').select('image_id', *SEEN_AS[1:]),
+                    on=['image_id', *SEEN_AS[1:]], how='semi').unique('image_id', keep='last')
 
-# %% ../nbs/4_infer.ipynb #7706e085
+# %% ../nbs/4_infer.ipynb #ed851cc7
 def predict(
     manifest: pl.DataFrame,  # the cohort
     dicom_dir: str | Path,  # its files
@@ -67,7 +69,7 @@ def predict(
     folder, done = Path(folder), _done(Path(folder), manifest)
     workers = len(client.scheduler_info(n_workers=-1)['workers']) if client else 1
     groups = groups_of(manifest, group_size((manifest['status'] == 'ok').sum(), settings.infer.batch_size, max(1, workers)), done)
-    facts, rows, fresh = manifest.select('image_id', 'bytes', 'mtime_ns'), [], [] if done is None else [done]
+    facts, rows, fresh = manifest.select('image_id', *SEEN_AS[1:]), [], [] if done is None else [done]
     began = last = time.monotonic()
     n, seen_at = 0, model.meta.get('thumbnail_size', settings.image.thumbnail_size)
     for group, values, reasons in answered(groups, model, dicom_dir, seen_at, settings, client, 'Predicting') if groups else ():
@@ -78,24 +80,24 @@ def predict(
     seconds = time.monotonic() - began
     return (pl.concat(fresh, how='diagonal').unique('image_id', keep='last') if fresh else _nothing(model)), n, seconds
 
-# %% ../nbs/4_infer.ipynb #522cfac8
+# %% ../nbs/4_infer.ipynb #7d7a44b8
 def _flush(folder, rows, fresh, facts, settings):
     "Moves `rows` to a part file and to `fresh`"
     if rows:
         part = pl.concat(rows).join(facts.unique('image_id', keep='first'), on='image_id', how='left')
-        part = part.select('image_id', 'bytes', 'mtime_ns', 'failed', *_measured(part))
-        write_parquet(part, folder/'parts'/f'{part["image_id"][0]}-{len(part)}.parquet', settings)
+        part = part.select('image_id', *SEEN_AS[1:], 'failed', *_measured(part))
+        write_parquet(part, folder/'parts'/f'{part["image_id"][0]}-{len(part)}.parquet', settings, model=folder.name)
         fresh.append(part)
         rows.clear()
     return time.monotonic()
 
-# %% ../nbs/4_infer.ipynb #c3c72620
+# %% ../nbs/4_infer.ipynb #72cb5043
 def with_status(
     manifest: pl.DataFrame,  # the cohort
     probs: pl.DataFrame,  # from `predict`
 ) -> pl.DataFrame:  # a row per manifest row: ids, status, reason, prob_*, px_*
     "Every row of the manifest with what became of it."
-    keep = ['image_id', 'path', 'bytes', 'mtime_ns', 'study_id', 'patient_id', 'site', 'split', 'frame', 'status', 'reason']
+    keep = ['image_id', *SEEN_AS[1:], 'study_id', 'patient_id', 'site', 'split', 'frame', 'status', 'reason']
     ok = pl.col('status') == 'ok'
     p = _measured(probs)
     out = manifest.select(keep).join(probs.select('image_id', 'failed', *p), on='image_id', how='left', maintain_order='left')
@@ -130,7 +132,7 @@ def _decided(studies, finding, choice):
     said = pl.when(finding.column).then(pl.lit('flag')).when(p < line(choice['clear'])).then(pl.lit('clear')).otherwise(pl.lit('review'))
     return out.with_columns(pl.when(p.is_not_null()).then(said).alias(f'decision_{finding.name}'))
 
-# %% ../nbs/4_infer.ipynb #5c9f50fa
+# %% ../nbs/4_infer.ipynb #550e6882
 def write_csv(
     studies: pl.DataFrame,  # from `aggregate`
     path: str | Path,  # studies.csv
@@ -138,7 +140,7 @@ def write_csv(
 ):
     "`studies.csv`: exactly study_id, has_*, max_prob_*, image_count; probabilities with six decimals, unknown left empty."
     cols = ['study_id', *settings.columns, *[f'max_prob_{n}' for n in settings.names], 'image_count']
-    with atomic_path(path) as tmp: studies.select(cols).write_csv(tmp, float_precision=6)
+    write_text(path, studies.select(cols).write_csv(float_precision=6))
 
 # %% ../nbs/4_infer.ipynb #80df6f7a
 def cohort_shift(
@@ -175,28 +177,35 @@ def cohort_manifest(
         return scan(demo_dicom(j.cohort, j.settings, j.folder.parent), j.folder, j.settings, client, seed=j.settings.study.seed)
     return read_manifest(j.folder)
 
-# %% ../nbs/4_infer.ipynb #2c0a7008
+# %% ../nbs/4_infer.ipynb #422306bb
+def _written(manifest, probs, model, folder, s, tag):
+    "Writes what a run found; the parts go last, since they can be made into the rest again"
+    predictions, studies = judge(with_status(manifest, probs), manifest, model, s, aggregate)
+    shift = cohort_shift(predictions, model.reference)
+    facts = dict(model=model.id, cohort=tag, precision=model.precision, preprocessing_version=model.meta['preprocessing_version'])
+    write_parquet(predictions, folder/'predictions.parquet', s, **facts)
+    write_parquet(studies, folder/'studies.parquet', s, **facts)
+    write_csv(studies, folder/'studies.csv', s)
+    if shift: write_parquet(shift[0], folder/'shift.parquet', s, **facts)
+    for part in (folder/'parts').glob('*.parquet'): part.unlink()
+    return predictions, studies, shift
+
+# %% ../nbs/4_infer.ipynb #96f88b67
 def infer(
     j,  # `Job`
     precision: str = '',  # auto, fp32 or int8; '' : as in settings
 ) -> dict:  # predictions, studies, folder, n (images computed now), seconds, model
-    "Predictions and studies of a cohort, written under outputs/<cohort>/predictions/<model>. Raises `MammoError`."
+    "Predictions and studies of a cohort, written under outputs/<cohort>/predictions/<model>. Raises `MammoError`, also while another run is at work on the cohort."
     s = j.settings
     model = Bundle.load(j.bundle or newest_bundle(j.folder), precision=precision or s.infer.precision, provider=s.infer.provider)
     if model.names != s.names:
         raise MammoError(f"The model {model.id} finds {', '.join(model.names)}, but settings.ini asks for {', '.join(s.names)}; use the settings it was trained with.")
-    with engine(s, j.scheduler) as client:
-        manifest = cohort_manifest(j, client)
-        source, folder = source_dir(j.folder), j.folder/'predictions'/model.id
-        check_folders(client, source, model.path)
-        probs, n, seconds = predict(manifest, source, model, folder, s, client)
-    predictions = with_status(manifest, probs)
-    studies = aggregate(predictions, s, model.choices)
-    facts = dict(model=model.id, precision=model.precision, preprocessing_version=model.meta['preprocessing_version'])
-    write_parquet(predictions, folder/'predictions.parquet', s, **facts)
-    write_parquet(studies, folder/'studies.parquet', s, **facts)
-    write_csv(studies, folder/'studies.csv', s)
-    for part in (folder/'parts').glob('*.parquet'): part.unlink()
-    shift = cohort_shift(predictions, model.reference)
-    if shift: write_parquet(shift[0], folder/'shift.parquet', s, **facts)
+    header_model_of(model, s)  # what is wrong with it is said now and not after a night
+    with only_run(j.folder):
+        with engine(s, j.scheduler) as client:
+            manifest = cohort_manifest(j, client)
+            source, folder = source_dir(j.folder), j.folder/'predictions'/model.id
+            check_folders(client, source, model.path)
+            probs, n, seconds = predict(manifest, source, model, folder, s, client)
+        predictions, studies, shift = _written(manifest, probs, model, folder, s, cohort_tag(j.folder))
     return dict(predictions=predictions, studies=studies, folder=folder, n=n, seconds=seconds, model=model, shift=shift)

@@ -37,18 +37,21 @@ def open_store(
     store.sync_images(manifest)
     return store, manifest
 
-# %% ../nbs/2_label.ipynb #66eb49f7
+# %% ../nbs/2_label.ipynb #e364e052
 LOOKED_AT = 4000
 
 def _rounds(store): return sorted(q for q in store.queues() if re.fullmatch(r'round-\d{3,}', q))
 
 def _trained(store, folder, name):
     "Was a model made of labels given after this queue was drawn? A round that trained meanwhile was not."
-    asked = datetime.fromisoformat(store.queue_time(name)).timestamp()
-    def since(path):
-        try: return datetime.fromisoformat(json.loads(path.read_text())['labels_utc']).timestamp()
-        except (ValueError, KeyError, TypeError): return path.stat().st_mtime
-    return any(since(p) >= asked for p in Path(folder).glob('rounds/[0-9]*/bundle.json'))
+    asked, at = datetime.fromisoformat(store.queue_time(name)).timestamp(), store.queue_version(name)
+    def knew(path):
+        try: info = json.loads(path.read_text())
+        except ValueError: info = {}
+        if isinstance(info.get('queues'), int): return info['queues'] >= at
+        try: return datetime.fromisoformat(info['labels_utc']).timestamp() >= asked  # rounds of an earlier version
+        except (ValueError, KeyError, TypeError): return path.stat().st_mtime >= asked
+    return any(knew(p) for p in Path(folder).glob('rounds/[0-9]*/bundle.json'))
 
 def _shortlist(pool, settings, seed, most=LOOKED_AT):
     "ids worth an embedding"
@@ -75,7 +78,7 @@ def _vectors(folder, settings, pool, labelled, seed, tell):
     tell(f'Strategy {name}; images are compared by {e.note}.')
     return have, X
 
-# %% ../nbs/2_label.ipynb #89068fd7
+# %% ../nbs/2_label.ipynb #9715919e
 def next_round(
     store: LabelStore,
     manifest: pl.DataFrame,  # of the same cohort
@@ -87,7 +90,7 @@ def next_round(
     "Draws a round and stores it as a queue, its random slice as another (`random-001`)."
     rounds = _rounds(store)
     number = int(rounds[-1][6:]) + 1 if rounds else 1
-    done = store.labels()['image_id'].to_list()
+    done = store.labels(headers=False)['image_id'].to_list()
     labelled, train = set(done), set(manifest.filter(pl.col('split') == 'train')['image_id'])
     pool, probs = pool_frame(manifest, labelled, store.queue('skipped')), store.predictions()
     if probs:
@@ -136,7 +139,7 @@ def ask_oracle(
     oracle = Oracle(store, path, j.settings.demo.label_error, j.settings.study.seed)
     return sum(oracle.label(store.queue(q), queue=q) for q in dict.fromkeys((queue, 'valid', 'hold_out')))
 
-# %% ../nbs/2_label.ipynb #11ec31c1
+# %% ../nbs/2_label.ipynb #7bdf20f6
 def find_suspects(
     store: LabelStore,
     manifest: pl.DataFrame,  # of the same cohort
@@ -146,7 +149,7 @@ def find_suspects(
 ) -> pl.DataFrame:  # image_id, finding, label, prob, quality (0: surely wrong), worst first
     "Finds labels that are probably wrong and stores their images as the queue `suspects`; nothing before a network can tell images apart."
     d = manifest.filter(pl.col('status') == 'ok', pl.col('split') != 'hold_out').unique('image_id').select('image_id', 'patient_id', 'split')
-    d = check_split(d.join(store.labels().select('image_id', *store.columns), on='image_id').sort('image_id'), what='the search for label errors')
+    d = check_split(d.join(store.labels(headers=False).select('image_id', *store.columns), on='image_id').sort('image_id'), what='the search for label errors')
     e = find_encoder(folder, settings)
     if d.height < least or e.id.startswith('plain'): return label_errors(d.clear().with_columns(pl.lit(.5).alias(f'prob_{n}') for n in settings.names), settings)
     ids, X = embeddings(folder, settings, d['image_id'].to_list(), e)
@@ -156,12 +159,12 @@ def find_suspects(
     if found.height: store.set_queue('suspects', found['image_id'].unique(maintain_order=True).to_list())
     return found
 
-# %% ../nbs/2_label.ipynb #ee09a381
+# %% ../nbs/2_label.ipynb #1da3793a
 def label_table(
     store: LabelStore,
 ) -> pl.DataFrame:  # split, images, labelled, skipped, and a column per finding with the number of yes
     "How many images of each split are labelled, and how."
-    df = store.images().join(store.labels(), on='image_id', how='left').with_columns(skipped=pl.col('image_id').is_in(store.queue('skipped')))
+    df = store.images().join(store.labels(headers=False), on='image_id', how='left').with_columns(skipped=pl.col('image_id').is_in(store.queue('skipped')))
     df = df.group_by('split').agg(images=pl.len(), labelled=pl.col('labeled_at').is_not_null().sum(), skipped=pl.col('skipped').sum(),
                                   **{c: pl.col(c).sum() for c in store.columns})
     order = pl.Enum(['train', 'valid', 'hold_out'])
@@ -174,7 +177,7 @@ def labelled_sheet(
     per_class: int = 6,  # images shown of each class
 ):  # a figure
     "A row of images for each class, as labelled."
-    rows, shown = store.labels().select('image_id', *store.columns).iter_rows(), {}
+    rows, shown = store.labels(headers=False).select('image_id', *store.columns).iter_rows(), {}
     labels = {i: {n: x for n, x in zip(store.names, v) if x is not None} for i, *v in rows}
     for i in image_ids:
         if i in labels and len(x := shown.setdefault(label_text(labels[i]), [])) < per_class: x.append(i)

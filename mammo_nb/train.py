@@ -6,7 +6,7 @@
 __all__ = ['rounds_table', 'plot_training', 'unsure', 'unsure_sheet', 'suspect_sheet', 'threshold_table', 'threshold_notes',
            'train_here_or_beside', 'finished']
 
-# %% ../nbs/3_train.ipynb #2cc7d06c
+# %% ../nbs/3_train.ipynb #5e4d8e09
 import os
 from pathlib import Path
 
@@ -20,8 +20,10 @@ from .label import find_suspects, open_store
 from .learn.acquire import stopping_advice, stopping_rounds, uncertainty
 from .learn.background import running_round, start_round
 from .learn.card import error_sheet, worst_errors
-from .learn.rounds import calibration_rows, history, plot_confusion, plot_learning_curve, train_round
+from .learn.rounds import calibration_rows, history, plot_confusion, plot_learning_curve, round_shown, train_round
+from .learn.bundle import bundle_table, read_bundle_json
 from .learn.versions import compare_rounds, current_round
+from .learn.weak import header_table
 from .metrics.compare import subgroup_table
 from .metrics.scores import plot_calibration, score_table
 
@@ -105,7 +107,7 @@ def threshold_notes(
     "How each threshold was come by."
     return '\n'.join(f"{t}: {c['note']}." for t, c in zip(info['titles'], info.get('choices', {}).values()))
 
-# %% ../nbs/3_train.ipynb #56cf69e8
+# %% ../nbs/3_train.ipynb #8452bb04
 def train_here_or_beside(
     j: Job,  # which cohort
     epochs: int = 0,  # 0: as settings say
@@ -113,7 +115,7 @@ def train_here_or_beside(
 ) -> str:  # a sentence
     "Trains a round and waits for it, or starts one and returns at once. Raises `MammoError` as `train_round` does."
     if not background:
-        train_round(j.folder, j.settings, epochs)
+        train_round(j.folder, j.settings, epochs, shown=not os.environ.get('MAMMO_RUN_DIR'))  # a batch job that is killed while it draws trains nothing twice
         return ''
     handle = running_round(j.folder) or start_round(j.folder, j.settings, epochs)
     if os.environ.get('MAMMO_RUN_DIR'): handle.wait()   # a batch job is over when its round is
@@ -126,4 +128,4 @@ def finished(
     if (busy := running_round(cohort_dir)) and not history(cohort_dir): raise MammoError(f'{busy} Run the cells from here on when it is done.')
     folder = current_round(cohort_dir)
     rounds = [r for r in history(cohort_dir) if r['round'] <= int(folder.name)]
-    return folder, rounds, rounds[-1]
+    return folder, rounds, read_bundle_json(folder)

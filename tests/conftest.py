@@ -1,4 +1,5 @@
 """What several tests share: a small project of its own, and where the real images lie."""
+import json
 import os
 import re
 import shutil
@@ -35,7 +36,7 @@ def mammo(*args, cwd, timeout=900, **env):
 # --- two processes share the suite (-n auto in pyproject.toml): whole files, longest first; `-n 0` runs everything in one
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch is loaded, here and in every process that a test starts: two suites on two cores
-LONGEST = 'stages rounds_cli labeler_browser notebooks cluster explain learn train_browser review_browser leaks run display'.split()
+LONGEST = 'stages kills rounds_cli code_execution labeler_browser notebooks privacy cluster header_model explain learn train_browser review_browser weak leaks run hostile display'.split()
 TOGETHER = dict(test_review='test_stages', test_heads='test_explain')   # they share what takes longest to make: the demo's project, two trained phantom models
 SLOW = '04_explain', '01_rounds', '07_sites', '06_replay'   # of the notebooks
 
@@ -105,3 +106,18 @@ def executed(source, folder, how):
     done = subprocess.run([sys.executable, '-m', *cmd], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return (folder/'out.ipynb').read_text()
+
+
+@pytest.fixture
+def counting(tmp_path, monkeypatch):
+    "A project with one tiny stage whose last cell is given by the test"
+    from nbformat import v4
+    def make(code, params='cohort = "a"\nn = 2', title='# Count\n\n> Counts.'):
+        cells = [v4.new_markdown_cell(title), v4.new_code_cell(params, metadata={'tags': ['parameters']}),
+                 v4.new_markdown_cell('## Run'), v4.new_code_cell(code)]
+        small_project(tmp_path/'p')
+        for old in (tmp_path/'p'/'nbs').glob('[0-9]_*.ipynb'): old.unlink()
+        (tmp_path/'p'/'nbs'/'1_count.ipynb').write_text(json.dumps(v4.new_notebook(cells=cells)))
+        monkeypatch.chdir(tmp_path/'p')
+        return tmp_path/'p'
+    return make

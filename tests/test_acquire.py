@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given, settings as hyp, strategies as st
 
 import toy_cohort as toy
+from mammo_nb.core.engine import write_parquet
 from mammo_nb.core.settings import MammoError
 from mammo_nb.labels.store import LabelStore
 from mammo_nb.learn.acquire import COLD_STARTS, STRATEGIES, label_errors, margin, next_batch, pool_frame, stopping_advice, stopping_rounds
+from mammo_nb.learn.bundle import write_bundle_json
 from mammo_nb.learn.embed import Encoder, LightHead, Squeeze, embeddings, find_encoder, out_of_sample
 
 S = toy.tiny_settings()
@@ -293,11 +295,11 @@ def test_stopping_does_not_look_at_the_hold_out(tmp_path):
     for k in range(3):
         d = tmp_path/'rounds'/f'{k+1:03}'
         d.mkdir(parents=True)
-        (d/'bundle.json').write_text(json.dumps(dict(labels=dict(train=60*(k+1)))))
         rng = np.random.default_rng(k)
         frame = pl.DataFrame(dict(image_id=[f'{i}' for i in range(60)], split=['valid', 'hold_out', 'train']*20, prob_biopsy=[.2]*60, prob_mag=[.2]*60))
-        frame.drop('split').write_parquet(d/'pool.parquet')
-        frame.with_columns(has_biopsy_tool=pl.when(pl.col('split') == 'hold_out').then(1.).otherwise(0.), has_mag_view=pl.lit(float('nan'))).write_parquet(d/'labelled.parquet')
+        write_parquet(frame.drop('split'), d/'pool.parquet')
+        write_parquet(frame.with_columns(has_biopsy_tool=pl.when(pl.col('split') == 'hold_out').then(1.).otherwise(0.), has_mag_view=pl.lit(float('nan'))), d/'labelled.parquet')
+        write_bundle_json(d, dict(labels=dict(train=60*(k+1))))
     (tmp_path/'rounds'/'004').mkdir()
     got = stopping_rounds(tmp_path, S)
     assert [r['labels'] for r in got] == [60, 120, 180] and [r['error'] for r in got] == [0, 0, 0]

@@ -11,6 +11,7 @@ import polars as pl
 import pytest
 
 import toy_cohort as toy
+from mammo_nb.core.engine import new_seal, put_seal
 from mammo_nb.core.settings import MammoError
 from mammo_nb.learn import bundle as B
 from mammo_nb.learn.bundle import Bundle, bundle_meta, export_bundle, int8_check, load_weights_safely, write_bundle_json
@@ -106,7 +107,7 @@ def test_softmax_head_leaves_none_out(tmp_path, images):
     net = network(3)
     export_bundle(net, tmp_path/'b', bundle_meta(s, 'x', 1), images, int8=False)
     with torch.no_grad(): want = torch.softmax(net(torch.from_numpy(images[:, None]).float()/255), 1)[:, 1:].numpy()
-    got = Bundle.load(tmp_path/'b').predict(images)
+    got = Bundle.load(tmp_path/'b'/'model.onnx').predict(images)
     assert got.shape == (24, 2) and np.abs(got-want).max() < 1e-5 and (got.sum(1) <= 1+1e-6).all()
 
 
@@ -135,8 +136,8 @@ def test_nothing_of_the_machine_is_left_inside(made):
 @pytest.mark.parametrize('spoil, words', [
     (lambda d: (d/'model.onnx').write_bytes((d/'model.onnx').read_bytes()+b'\0'), 'checksum differs'),
     (lambda d: (d/'model.onnx').unlink(), 'no such file'),
-    (lambda d: ((d/'bundle.json').unlink(), (d/'model.onnx').write_bytes(b'nonsense')), 'damaged'),
-    (lambda d: (d/'bundle.json').write_text('{'), 'no JSON')])
+    (lambda d: (d/'bundle.json').unlink(), 'bundle.json: no such file'),
+    (lambda d: (d/'bundle.json').write_text('{'), 'carries no checksum')])
 def test_spoiled_bundles(copy, spoil, words):
     spoil(copy)
     with pytest.raises(MammoError, match=words) as e: Bundle.load(copy)
@@ -144,12 +145,14 @@ def test_spoiled_bundles(copy, spoil, words):
 
 
 def edited(folder, change):
-    "model.onnx with its protobuf changed and no bundle.json beside it"
-    (folder/'bundle.json').unlink(missing_ok=True)
-    m = onnx.load(folder/'model.onnx')
+    "a lone .onnx file with its protobuf changed and sealed anew"
+    m, p = onnx.load(folder/'model.onnx'), folder/'edited.onnx'
     change(m)
-    (folder/'model.onnx').write_bytes(m.SerializeToString())
-    return folder
+    seal = next((x for x in m.metadata_props if x.key == 'mammo_nb.seal'), None)
+    if seal: seal.value = new_seal()
+    p.write_bytes(m.SerializeToString())
+    if seal: put_seal(p, seal.value)
+    return p
 
 
 def test_another_preprocessing_version_is_refused(copy):
@@ -262,5 +265,7 @@ def test_auto_takes_int8_only_where_the_check_passed(made, tmp_path, note, want)
     write_bundle_json(folder, info | dict(int8=note))
     assert Bundle.load(folder, 'auto', provider='cpu').precision == want
     (folder/'model.int8.onnx').unlink()
-    assert Bundle.load(folder, 'auto', provider='cpu').precision == 'fp32'
+    if want == 'int8':
+        with pytest.raises(MammoError, match='no such file, though its bundle.json lists it'): Bundle.load(folder, 'auto', provider='cpu')
+    else: assert Bundle.load(folder, 'auto', provider='cpu').precision == 'fp32'
     assert Bundle.load(folder/'model.onnx', 'auto').precision == 'fp32', 'a single file is what it is'

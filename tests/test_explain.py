@@ -14,7 +14,7 @@ from torch import nn
 
 from mammo_nb.cohort.thumbs import Thumbnails
 from mammo_nb.core.settings import MammoError
-from mammo_nb.learn.bundle import Bundle
+from mammo_nb.learn.bundle import Bundle, read_bundle_json, write_bundle_json
 from mammo_nb.learn.data import input_batch
 from mammo_nb.learn.explain import BOX, Explainer, cam_sheet, map_layers, pointing_game, pointing_scores, tinted
 from mammo_nb.learn.rounds import make_model
@@ -262,9 +262,12 @@ def test_bundles_that_cannot_be_explained_say_so(net, tmp_path):
     w = load_file(bad/'weights.safetensors')
     last = [k for k in w if k.endswith('.bias')][-1]
     save_file(w | {last: w[last]+.5}, bad/'weights.safetensors')
+    with pytest.raises(MammoError, match='checksum differs'): Explainer.load(bad)
+    write_bundle_json(bad, read_bundle_json(bad))
     with pytest.raises(MammoError, match='differ from those of model.onnx'): Explainer.load(bad)
     w.pop(last)
     save_file(w, bad/'weights.safetensors')
+    write_bundle_json(bad, read_bundle_json(bad))
     with pytest.raises(MammoError, match='not the weights of a resnet18'): Explainer.load(bad)
     (bad/'weights.safetensors').unlink()
     with pytest.raises(MammoError, match='weights.safetensors: no such file'): Explainer.load(bad)

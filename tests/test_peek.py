@@ -16,7 +16,7 @@ KEY = b'k'*32
 SHARED = Path(__file__).parents[2]/'shared'/'data'
 
 
-def item(p, root): st = p.stat(); return str(p.relative_to(root)), st.st_size, st.st_mtime_ns
+def item(p, root): st = p.stat(); return str(p.relative_to(root)), st.st_size, st.st_mtime_ns, st.st_ctime_ns
 
 
 def cache(keep=()): return F._cache(KEY, keep, 200_000_000)

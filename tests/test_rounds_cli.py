@@ -12,10 +12,12 @@ import polars as pl
 import pytest
 
 import toy_cohort as toy
+from mammo_nb.core.engine import write_parquet
 from mammo_nb.core.settings import MammoError
 from mammo_nb.labels.store import LabelStore
 from mammo_nb.learn.acquire import next_batch
 from mammo_nb.learn.background import is_running, last_round, progress_of, round_lock, running_round, start_round
+from mammo_nb.learn.bundle import write_bundle_json
 from mammo_nb.learn.versions import compare_rounds, current_number, current_round, rollback, round_numbers
 
 S = toy.tiny_settings(epochs=5)
@@ -231,7 +233,8 @@ def test_images_that_came_later_get_the_old_rounds_predictions_too(tmp_path, thr
     d = tmp_path/'toy'
     shutil.copytree(three, d)
     pool = pl.read_parquet(d/'rounds'/'001'/'pool.parquet')
-    pool[2:].write_parquet(d/'rounds'/'001'/'pool.parquet')
+    write_parquet(pool[2:], d/'rounds'/'001'/'pool.parquet')
+    write_bundle_json(d/'rounds'/'001', info(d/'rounds'/'001'))
     with LabelStore(d/'labels.sqlite', S) as s: left = [i for i in pool['image_id'][:2] if i not in set(s.labels()['image_id'])]
     rollback(d, 1, S)
     want = {r[0]: r[1] for r in pool.select('image_id', 'prob_mag').iter_rows()}

@@ -3,26 +3,11 @@ import json
 import os
 import re
 
-import nbformat.v4 as v4
 import pytest
 
-from conftest import mammo, small_project
+from conftest import mammo
 from mammo_nb.core.run import check_parameters, run_stage, stages
 from mammo_nb.core.settings import MammoError
-
-
-@pytest.fixture
-def counting(tmp_path, monkeypatch):
-    "A project with one tiny stage whose last cell is given by the test"
-    def make(code, params='cohort = "a"\nn = 2'):
-        cells = [v4.new_markdown_cell('# Count\n\n> Counts.'), v4.new_code_cell(params, metadata={'tags': ['parameters']}),
-                 v4.new_markdown_cell('## Run'), v4.new_code_cell(code)]
-        small_project(tmp_path/'p')
-        for old in (tmp_path/'p'/'nbs').glob('[0-9]_*.ipynb'): old.unlink()
-        (tmp_path/'p'/'nbs'/'1_count.ipynb').write_text(json.dumps(v4.new_notebook(cells=cells)))
-        monkeypatch.chdir(tmp_path/'p')
-        return tmp_path/'p'
-    return make
 
 
 def test_values_take_the_type_of_the_default(counting):

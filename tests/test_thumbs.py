@@ -24,7 +24,8 @@ from mammo_nb.core.engine import engine
 from mammo_nb.core.run import job
 from mammo_nb.core.settings import MammoError, load_settings
 from mammo_nb.dicom.display import PREPROCESSING_VERSION, render
-from mammo_nb.preprocess import dicom_folder, fill_rates, funnel_table, preprocess
+from mammo_nb.cohort.audit import fill_rates
+from mammo_nb.preprocess import dicom_folder, funnel_table, preprocess
 
 S = load_settings()
 SMALL = S.model_copy(update=dict(image=S.image.model_copy(update=dict(thumbnail_size=64))))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['scan', 'read_manifest', 'source_dir', 'reject', 'funnel']
 
-# %% ../../nbs/cohort/00_manifest.ipynb #275409f2
+# %% ../../nbs/cohort/00_manifest.ipynb #0ea19840
 import functools
 import re
 import shutil
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import polars as pl
 
-from .facts import (FINDINGS, SEEN_AS, FactStore, cohort_key, collect_facts, image_id, pseudonym, read_many,
+from .facts import (FINDINGS, known_key, SEEN_AS, FactStore, cohort_key, cohort_tag, collect_facts, image_id, pseudonym, read_many,
                                    with_content)
 from .files import list_files
 from .splits import split_of
@@ -21,17 +21,18 @@ from .thumbs import Thumbnails
 from ..core.engine import has_table, read_meta, read_table, write_parquet
 from ..core.settings import MammoError
 
-# %% ../../nbs/cohort/00_manifest.ipynb #845484a8
+# %% ../../nbs/cohort/00_manifest.ipynb #5adeaf49
 def _only(column):
     "The value that all images of a folder share, null where they differ"
     among = pl.col(column).filter((pl.col('kind') == 'image') & pl.col(column).is_not_null())
     return pl.when(among.n_unique().over('folder') == 1).then(among.first().over('folder'))
 
-def _folder_study(folder, who, key):
+def _folder_study(folder, who, key, named=False):
+    if not named: return f'folder-{pseudonym(key, f"{who}{chr(10)}{folder}", "study")}'
     name = re.sub(r'[^A-Za-z0-9._-]+', '_', folder.rsplit('/', 1)[-1].rstrip('!'))[:48] or 'root'
     return f'{name}-{pseudonym(key, f"{who}{chr(10)}{folder}", "study")[:8]}'
 
-def _with_studies(df, order, key):
+def _with_studies(df, order, key, folder_names=False):
     before = order[:order.index('folder')] if 'folder' in order else order
     said = pl.coalesce(pl.lit(None, pl.String), *(dict(uid='study_uid').get(o, o) for o in before))
     df = df.with_columns(study_id=said)
@@ -43,11 +44,11 @@ def _with_studies(df, order, key):
     same = pl.col('who') == pl.col('one_patient').fill_null('')
     df = df.with_columns(study_id=pl.when(lost & same).then('one_study').otherwise('study_id'))
     named = df.filter(lost).select('folder', 'who').unique()
-    named = named.with_columns(by_folder=pl.Series([_folder_study(f, w, key) for f, w in named.iter_rows()], dtype=pl.String))
+    named = named.with_columns(by_folder=pl.Series([_folder_study(f, w, key, folder_names) for f, w in named.iter_rows()], dtype=pl.String))
     df = df.join(named, on=['folder', 'who'], how='left', maintain_order='left')
     return df.with_columns(study_id=pl.when(lost).then('by_folder').otherwise('study_id'))
 
-# %% ../../nbs/cohort/00_manifest.ipynb #5f40e108
+# %% ../../nbs/cohort/00_manifest.ipynb #822baa20
 def _mapped(df, column, fn, name):
     "The frame with `fn` of a column as a new one, worked out once per distinct value"
     values = df[column].unique().drop_nulls()
@@ -62,8 +63,9 @@ def _with_patients(df, key, before):
     study = study.join(alone.select('study_id', 'alone'), on='study_id', how='left')
     was = pl.lit(None, pl.String)
     if before is not None:
-        named = before.select(*SEEN_AS, 'study_id', was='patient_id').unique([*SEEN_AS, 'study_id'])
-        df, was = df.join(named, on=[*SEEN_AS, 'study_id'], how='left', maintain_order='left'), pl.col('was')
+        seen = SEEN_AS[:3]  # a file that was merely copied is still of the same patient
+        named = before.select(*seen, 'study_id', was='patient_id').unique([*seen, 'study_id'])
+        df, was = df.join(named, on=[*seen, 'study_id'], how='left', maintain_order='left'), pl.col('was')
     df = df.join(study, on='study_id', how='left', maintain_order='left')
     return df.with_columns(patient_id=pl.coalesce('patient', was, 'same', 'alone'))
 
@@ -98,7 +100,7 @@ def _with_status(df):
         step=case(bad=pl.when(pl.col('kind') == 'other').then(pl.lit('other')).otherwise(pl.lit('header')),
                   **lit(unnamed='identity', other='identity', unsure='identity', twin='identity', ok=None)))
 
-# %% ../../nbs/cohort/00_manifest.ipynb #01256758
+# %% ../../nbs/cohort/00_manifest.ipynb #49c013f9
 def _with_frames(df):
     n = pl.when(pl.col('kind') == 'image').then('frames').fill_null(1)
     if df.select((n == 1).all()).item(): df = df.with_columns(frame=pl.lit(0, pl.Int32))
@@ -113,9 +115,9 @@ def _columns(settings):
     about = [pl.col(c).alias(f'header_{c}') for c in ('rules', 'conflict', 'filled')]
     return [*('image_id path bytes mtime_ns sop_uid series_uid study_id patient_id site manufacturer model laterality view rows columns frames frame '
               'bits_stored photometric transfer_syntax split').split(), *signals, *about,
-            *'status reason step year burned_in content'.split(), *kept]
+            *'status reason step year burned_in'.split(), pl.lit(None, pl.Boolean).alias('border_text'), 'content', 'ctime_ns', *kept]
 
-# %% ../../nbs/cohort/00_manifest.ipynb #195f0d82
+# %% ../../nbs/cohort/00_manifest.ipynb #a4d6d1a6
 def _splits(df, before, key, settings):
     old, studies = {}, {}
     if before is not None:
@@ -136,6 +138,9 @@ def _with_history(df, before, retry):
     df = df.join(failed.clear() if retry else failed, on=same, how='left', maintain_order='left')
     again = (pl.col('status') == 'ok') & pl.col('was').is_not_null()
     df = _marked(df, again, pl.col('was'), pl.lit('pixels')).drop('was')
+    if 'border_text' in before.columns:
+        df = df.drop('border_text').join(before.select(*same, 'border_text'), on=same, how='left', maintain_order='left').select(df.columns)
+        df = df.with_columns(border_text=pl.when(pl.col('status') == 'ok').then('border_text'))
     image = ~pl.col('step').fill_null('').is_in(['header', 'other'])
     gone = before.filter(image).join(df, on='path', how='anti').join(df, on='image_id', how='anti')
     gone = _marked(gone, pl.lit(True), pl.lit('the file is gone since the scan before'), pl.lit('gone'))
@@ -145,12 +150,12 @@ def _with_history(df, before, retry):
 def _rows(facts, before, key, settings, retry):
     "Facts, sorted by path, to manifest rows, sorted by path and frame"
     keep = settings.privacy.keep_text
-    df = _with_studies(facts.filter(pl.col('kind') != 'archive'), settings.study.study_id, key)
+    df = _with_studies(facts.filter(pl.col('kind') != 'archive'), settings.study.study_id, key, settings.privacy.folder_names)
     df = _with_status(_with_sites(_with_patients(df, key, before), settings.study.site, key, keep))
     df = _splits(_with_frames(df), before, key, settings).select(_columns(settings))
     return df if before is None else _with_history(df, before, retry)
 
-# %% ../../nbs/cohort/00_manifest.ipynb #c35f3125
+# %% ../../nbs/cohort/00_manifest.ipynb #f1f148e8
 def scan(
     dicom_dir: str | Path,  # the cohort's files; only read
     cohort_dir: str | Path,  # `outputs/<cohort>`
@@ -166,7 +171,8 @@ def scan(
     if not files: raise MammoError(f"{root} is empty; pass the folder of your DICOM files as dicom_dir.")
     fresh, keep = not (folder/'key').exists(), settings.privacy.keep_text
     key, store = cohort_key(folder, seed), FactStore(folder/'scan', keep)
-    limits = dict(max_pixels=e.max_pixels, max_inflated_bytes=e.max_inflated_bytes)
+    if seed is None: _secret(key, before, folder, settings, str(root.resolve()))
+    limits = dict(max_pixels=e.max_pixels, max_inflated_bytes=e.max_inflated_bytes, max_depth=e.max_depth)
     read = functools.partial(read_many, root=str(root.resolve()), key=key, keep=keep, **limits)
     facts = collect_facts(files, store, read, client, e.file_timeout, retry)
     if not _any_dicom(facts):
@@ -178,7 +184,13 @@ def scan(
     _publish(df, before, folder, settings, str(root.resolve()))
     return df
 
-# %% ../../nbs/cohort/00_manifest.ipynb #93947332
+# %% ../../nbs/cohort/00_manifest.ipynb #b11a25a5
+def _secret(key, before, folder, settings, dicom_dir):
+    "Raises where other files than before would get pseudonyms under the demo's key, which is known to everybody"
+    if before is not None and read_meta(folder/'manifest.parquet').get('dicom_dir') == dicom_dir: return
+    if key not in map(known_key, {42, 43, settings.study.seed, settings.study.seed + 1}): return
+    raise MammoError(f"Cohort {folder.name} holds made-up patients, whose key is no secret; give your own files another cohort name.")
+
 def _any_dicom(facts):
     foreign = pl.col('reason').fill_null('').str.contains('^is (empty|not a DICOM|a zip|no regular|a link|a folder)')
     return not facts.filter(pl.col('kind') != 'archive').select((foreign & pl.col('filled').is_null()).all()).item()
@@ -194,15 +206,15 @@ def _previous(folder): return read_manifest(folder) if has_table(folder/'manifes
 def _publish(df, before, folder, settings, dicom_dir):
     "Writes the manifest, unless it is there already"
     path = folder/'manifest.parquet'
+    ok = lambda m: m.filter(pl.col('status') == 'ok').select('image_id', *SEEN_AS[1:])
+    changed = ok(df) if before is None else ok(df).join(ok(before), on=['image_id', *SEEN_AS[1:]], how='anti')
+    Thumbnails(folder/'thumbnails').remove(changed['image_id'])  # also of one that was away or unreadable in between
     if before is not None:
-        ok = lambda m: m.filter(pl.col('status') == 'ok').select('image_id', 'bytes', 'mtime_ns')
-        changed = ok(before).join(ok(df), on=['image_id', 'bytes', 'mtime_ns'], how='anti').join(ok(df), on='image_id', how='semi')
-        Thumbnails(folder/'thumbnails').remove(changed['image_id'])
         meta = read_meta(path)
         if df.equals(before) and (meta.get('settings_hash'), meta.get('dicom_dir')) == (settings.hash, dicom_dir): return
-    write_parquet(df, path, settings, dicom_dir=dicom_dir)
+    write_parquet(df, path, settings, dicom_dir=dicom_dir, cohort=cohort_tag(folder))
 
-# %% ../../nbs/cohort/00_manifest.ipynb #37b71496
+# %% ../../nbs/cohort/00_manifest.ipynb #4b7b590e
 def read_manifest(
     cohort_dir: str | Path,  # `outputs/<cohort>`
 ) -> pl.DataFrame:  # one row per image
@@ -210,9 +222,7 @@ def read_manifest(
     path = Path(cohort_dir)/'manifest.parquet'
     if not has_table(path):
         raise MammoError(f"No cohort in {cohort_dir}; run mammo run preprocess -p cohort={Path(cohort_dir).name} -p dicom_dir=FOLDER first.")
-    try: return read_table(path)
-    except (pl.exceptions.PolarsError, OSError):
-        raise MammoError(f"{path} is damaged or cannot be read; delete it and run preprocess again.") from None
+    return read_table(path, fix='delete it and run preprocess again', cohort=cohort_tag(cohort_dir))
 
 def source_dir(
     cohort_dir: str | Path,  # `outputs/<cohort>`
@@ -223,19 +233,23 @@ def source_dir(
     if folder.is_dir(): return folder
     raise MammoError(f"{folder}, where cohort {Path(cohort_dir).name} was scanned, is not there; mount it or pass dicom_dir.")
 
-# %% ../../nbs/cohort/00_manifest.ipynb #fea022ad
+# %% ../../nbs/cohort/00_manifest.ipynb #0ebd5344
 def reject(
     cohort_dir: str | Path,  # `outputs/<cohort>`
     failed: pl.DataFrame,  # image_id, reason, step, as `make_thumbnails` returns them
     settings,  # `Settings`
+    text: pl.DataFrame | None = None,  # image_id, border_text, as `Thumbnails.text` returns them
 ) -> pl.DataFrame:  # the new manifest
-    "Marks images that are in order by their header and turned out not to be."
-    df, folder = read_manifest(cohort_dir), Path(cohort_dir)
-    if not len(failed): return df
-    new = df.select('image_id', 'status').join(failed, on='image_id', how='left', maintain_order='left')
+    "Marks images that are in order by their header and turned out not to be, and those with text in the picture's border."
+    old, folder = read_manifest(cohort_dir), Path(cohort_dir)
+    df, new = old, old.select('image_id', 'status').join(failed, on='image_id', how='left', maintain_order='left')
     hit = (new['status'] == 'ok') & new['reason'].is_not_null()
     df = _marked(df, pl.lit(hit), pl.lit(new['reason']), pl.lit(new['step']))
-    write_parquet(df, folder/'manifest.parquet', settings, dicom_dir=read_meta(folder/'manifest.parquet')['dicom_dir'])
+    if text is not None:
+        seen = df.select('image_id', 'status').join(text, on='image_id', how='left', maintain_order='left')
+        df = df.with_columns(seen.select(border_text=pl.when(pl.col('status') == 'ok').then('border_text')))
+    if df.equals(old): return df
+    write_parquet(df, folder/'manifest.parquet', settings, dicom_dir=read_meta(folder/'manifest.parquet')['dicom_dir'], cohort=cohort_tag(folder))
     return df
 
 # %% ../../nbs/cohort/00_manifest.ipynb #610f002f

@@ -6,7 +6,7 @@
 __all__ = ['LAYOUT', 'FRAMES_PER_TASK', 'IMAGES_PER_SHARD', 'SECONDS_PER_SHARD', 'Thumbnails', 'make_thumbnails', 'Sheet',
            'contact_sheet']
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #3a98a6a6
+# %% ../../nbs/cohort/03_thumbs.ipynb #0497f894
 import functools
 import io
 import json
@@ -29,17 +29,18 @@ from fastcore.basics import patch
 from imagecodecs import deflate_crc32, lz4_decode, lz4_encode
 from PIL import Image
 
-from .files import source_path, unreachable
-from ..core.engine import Progress, atomic_path, disk_problem, map_files, next_file, plain_reason, write_json
+from .files import CHANGED, SEEN_AS, changed_since, source_path, unreachable
+from ..core.engine import Progress, atomic_path, disk_problem, left_behind, map_files, next_file, plain_reason, write_json
 from ..core.settings import MammoError
 from ..dicom.display import PREPROCESSING_VERSION, render
 from ..dicom.read import ReadError, Source
+from ..dicom.text import find_text, hide_text
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #76074e83
-LAYOUT = 2  # of the folder; 1 was a PNG file per image
-_MAGIC = b'mammo_nb thumbnails 2\n'
+# %% ../../nbs/cohort/03_thumbs.ipynb #9d307db4
+LAYOUT = 3  # of the folder; 1 was a PNG file per image, 2 had shards that knew nothing of text
+_MAGIC = b'mammo_nb thumbnails 3\n'
 _END = 8 + len(_MAGIC)
-_entry = np.dtype([('id', '<u8'), ('stamp', '<u8'), ('at', '<u8'), ('bytes', '<u4'), ('crc', '<u4'), ('rows', '<u2'), ('cols', '<u2')])
+_entry = np.dtype([('id', '<u8'), ('stamp', '<u8'), ('at', '<u8'), ('bytes', '<u4'), ('crc', '<u4'), ('rows', '<u2'), ('cols', '<u2'), ('text', 'u1')])
 _is_id, _is_shard = re.compile('[0-9a-f]{16}').fullmatch, re.compile(r'v(\d+)-(\d+)-[0-9a-f]{16}\.shard').fullmatch
 
 def _key(image_id):
@@ -62,7 +63,12 @@ def _contents(path):
     table = tail[len(tail) - need:len(tail) - _END]
     return (np.frombuffer(table, _entry), size) if deflate_crc32(table) == crc else None
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #d3499d96
+# %% ../../nbs/cohort/03_thumbs.ipynb #810d18b4
+def _text_in(img8):
+    "0: could not be looked for, 1: nothing in the border, 2: a marker, 3: text"
+    try: return 1 + max([dict(marker=1, text=2)[r.kind] for r in find_text(img8)], default=0)
+    except Exception: return 0
+
 class _Writer:
     "A shard in the making. What is finished is published when the `with` ends, also by an interrupt; not when the disk refuses."
     def __init__(self, folder, tag, stamp): self.folder, self.tag, self.stamp, self.file = folder, tag, stamp, None
@@ -77,15 +83,15 @@ class _Writer:
         "Adds a uint8 image `[H, W]`, or with None the word that it is gone"
         if img8 is None: return self.add(_key(image_id), self.stamp, b'')
         data = np.ascontiguousarray(img8).tobytes()
-        self.add(_key(image_id), self.stamp, min(lz4_encode(data), data, key=len), *img8.shape)
+        self.add(_key(image_id), self.stamp, min(lz4_encode(data), data, key=len), *img8.shape, _text_in(img8))
 
-    def add(self, key, stamp, data, rows=0, cols=0):
+    def add(self, key, stamp, data, rows=0, cols=0, text=0):
         "Adds an entry as it will lie in the file"
         try:
             if not self.file: self._open()
             self.file.write(data)
         except OSError as e: raise self._failed(e) from None
-        self.entries.append((key, stamp, self.at, len(data), deflate_crc32(data), rows, cols))
+        self.entries.append((key, stamp, self.at, len(data), deflate_crc32(data), rows, cols, text))
         self.at += len(data)
 
 # %% ../../nbs/cohort/03_thumbs.ipynb #1b140d82
@@ -261,7 +267,7 @@ def remove(self: Thumbnails, ids):
     there = ids - set(self.missing(ids)) if ids else ids
     if there: self._write([(i, None) for i in sorted(there)])
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #2f36fb19
+# %% ../../nbs/cohort/03_thumbs.ipynb #9671ed89
 def _pixels(fd, at, n, crc, rows, cols):
     "An image, or None where its bytes are not those that were written"
     data = os.pread(fd, n, at)
@@ -278,7 +284,7 @@ def get(self: Thumbnails, image_id: str) -> np.ndarray:
     for last in (False, True):
         found = self._at(image_id)
         if not found: break
-        name, (_, _, at, n, crc, rows, cols) = found
+        name, (_, _, at, n, crc, rows, cols, _) = found
         try: img, problem = _pixels(self._open(name).fd, at, n, crc, rows, cols), None
         except OSError as e: img, problem = None, e
         if img is not None: return img
@@ -310,7 +316,7 @@ def png(self: Thumbnails, image_id: str) -> bytes:
     "The image as PNG. Raises `MammoError` where there is none."
     return _encode(self.get(image_id), f'preprocessing_version={self.version}')
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #bf57deb8
+# %% ../../nbs/cohort/03_thumbs.ipynb #472ce142
 @patch
 def ids(self: Thumbnails) -> set[str]:
     "All stored image_ids."
@@ -327,7 +333,15 @@ def missing(self: Thumbnails, ids) -> list[str]:
     have = self.ids() if len(ids) > 1000 else {i for i in ids if _is_id(str(i)) and i in self} if self._look().names else ()
     return [i for i in ids if i not in have]
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #ab3ce327
+@patch
+def text(self: Thumbnails) -> pl.DataFrame:  # image_id, border_text: whether text stands in the picture's border; null where it could not be looked for
+    "What is known of text in the pictures."
+    v = self._look()
+    h, seen = v.ids.astype('>u8').tobytes().hex(), pl.Series(v.entries['text'], dtype=pl.UInt8)
+    ids = pl.Series([h[i:i + 16] for i in range(0, len(h), 16)], dtype=pl.String)
+    return pl.DataFrame(dict(image_id=ids)).with_columns(border_text=pl.when(seen > 0).then(seen == 3))
+
+# %% ../../nbs/cohort/03_thumbs.ipynb #9e5a6d99
 @patch
 def sweep(self: Thumbnails):
     "Clears away what interrupted writes have left, and merges shards that have become wasteful."
@@ -335,7 +349,7 @@ def sweep(self: Thumbnails):
     v, sizes = self._look(), {}
     for f in os.scandir(self.folder):
         with suppress(OSError):
-            if f.name[-4:] == '.tmp' and time.time() - f.stat().st_mtime > 3600: os.unlink(f.path)
+            if f.name[-4:] == '.tmp' and left_behind(Path(f.path)): os.unlink(f.path)
             elif f.name in v.parts: sizes[f.name] = f.stat().st_size
     for n in [*v.broken, *(n for n, s in sizes.items() if s != v.parts[n][1])]: self._drop(n)
     self._merge()
@@ -343,7 +357,7 @@ def sweep(self: Thumbnails):
 @patch
 def _drop(self: Thumbnails, name): (self.folder/name).unlink(missing_ok=True)
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #57d5ccff
+# %% ../../nbs/cohort/03_thumbs.ipynb #f3abb299
 @patch
 def _merge(self: Thumbnails, few=16, many=64):
     v = self._look()
@@ -354,10 +368,10 @@ def _merge(self: Thumbnails, few=16, many=64):
     if not out.any(): return
     with _Writer(self.folder, self._tag(), 0) as w:
         for k in np.flatnonzero(out[shard]):
-            key, stamp, at, n, crc, rows, cols = e[k].item()
+            key, stamp, at, n, crc, rows, cols, text = e[k].item()
             data = os.pread(self._open(v.names[shard[k]]).fd, n, at)
             if len(data) != n or deflate_crc32(data) != crc: data, rows, cols = b'', 0, 0  # damaged: it is made anew
-            w.add(key, stamp, data, rows, cols)
+            w.add(key, stamp, data, rows, cols, text)
             if w.at > 1 << 28: w.close()
     for k in np.flatnonzero(out): self._drop(v.names[k])
     self._open.cache_clear()
@@ -373,42 +387,47 @@ def _keep_index(self: Thumbnails, least=64):
         np.savez(f, names=np.array(v.names), sizes=np.array([s for _, s in v.parts.values()]), lengths=np.array([len(t) for t in tables]),
                  entries=np.concatenate(tables))
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #67060b42
+# %% ../../nbs/cohort/03_thumbs.ipynb #094256fd
 FRAMES_PER_TASK, IMAGES_PER_SHARD, SECONDS_PER_SHARD = 16, 64, 20
 
 def _failure(e):
     reason = plain_reason(e)
     return reason, 'access' if unreachable(e) else 'pixels'
 
-def _render_all(file, frames, writer, long_edge, max_pixels, max_inflated_bytes):
+def _render_all(file, frames, seen, writer, long_edge, max_pixels, max_inflated_bytes, max_depth):
     "The images of one file into the shard; gives `[(image_id, reason, step)]` of those that failed"
-    failed = []
+    failed, put = [], []
     try:
-        with Source(file, max_inflated_bytes) as src:
+        with Source(file, max_inflated_bytes, max_depth) as src:
             for frame, image_id in frames:
                 try: img = render(src, long_edge, frame, max_pixels)
                 except Exception as e: failed.append((image_id, *_failure(e)))
-                else: writer.put(image_id, img)
-    except ReadError as e: return [(i, *_failure(e)) for _, i in frames]
-    return failed
+                else:
+                    if changed_since(file, seen): break
+                    writer.put(image_id, img)
+                    put.append(image_id)
+    except ReadError as e: failed = [(i, *_failure(e)) for _, i in frames]
+    if not changed_since(file, seen): return failed
+    for i in put: writer.put(i, None)
+    return [(i, CHANGED, 'access') for _, i in frames]
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #b26d29e2
+# %% ../../nbs/cohort/03_thumbs.ipynb #cf9f3b10
 def _make(group, folder, tag, stamp, limits):
-    "Runs in a worker: `[(file, ((frame, image_id), …))]` to a shard; gives `[(image_id, reason, step)]` of those that failed"
+    "Runs in a worker: `[(file, ((frame, image_id), …), as it was scanned)]` to a shard; gives `[(image_id, reason, step)]` of those that failed"
     failed = []
     try:
         with _Writer(folder, tag, stamp) as w:
-            for file, frames in group:
+            for file, frames, seen in group:
                 next_file()
-                failed += _render_all(file, frames, w, *limits)
+                failed += _render_all(file, frames, seen, w, *limits)
                 if w.file and time.monotonic() - w.began > SECONDS_PER_SHARD: w.close()
             next_file()
     except MammoError as e: return [(group[0][1][0][1], str(e), 'disk')]
     return failed
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #89b6e360
+# %% ../../nbs/cohort/03_thumbs.ipynb #77d8eb53
 def _groups(parts, n):
-    "`[(file, frames)]` in groups of at least `n` images (the last one may have fewer)"
+    "`[(file, frames, as it was scanned)]` in groups of at least `n` images (the last one may have fewer)"
     group, size = [], 0
     for p in parts:
         group.append(p)
@@ -419,13 +438,13 @@ def _groups(parts, n):
 def _failures(fn, parts, n, client, timeout, progress):
     "Makes them all; yields `(image_id, reason, step)` of those that failed"
     again = []
-    for group, bad, error in map_files(fn, list(_groups(parts, n)), client, chunk=1, timeout=timeout):
-        if error and len(group) > 1: again += group; continue
-        progress.update(sum(len(frames) for _, frames in group))
+    for group, bad, error in map_files(fn, list(_groups(parts, n)), client, chunk=1, timeout=timeout, again=n == 1):
+        if error and n > 1: again += group; continue
+        progress.update(sum(len(frames) for _, frames, _ in group))
         yield from [(i, error, 'pixels') for _, i in group[0][1]] if error else bad
     if again: yield from _failures(fn, again, 8 if n > 8 else 1, client, timeout, progress)
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #37a9af7c
+# %% ../../nbs/cohort/03_thumbs.ipynb #0fb60dff
 def _prepare(store, settings):
     want = dict(preprocessing_version=store.version, long_edge=settings.image.thumbnail_size, layout=LAYOUT)
     same, tag = store._note() == want, (store.version, settings.image.thumbnail_size)
@@ -438,12 +457,14 @@ def _prepare(store, settings):
     return tag
 
 def _tasks(df, source):
-    "Rows of images as `(file, ((frame, image_id), …))`, sorted by file"
+    "Rows of images as `(file, ((frame, image_id), …), as it was scanned)`, sorted by file"
+    known = set(SEEN_AS) <= set(df.columns)
     for (path,), part in df.sort('path', 'frame').group_by(['path'], maintain_order=True):
         rows = part.select('frame', 'image_id').rows()
-        for i in range(0, len(rows), FRAMES_PER_TASK): yield source(path), tuple(rows[i:i + FRAMES_PER_TASK])
+        seen = part.select(SEEN_AS[1:]).row(0) if known else ()
+        for i in range(0, len(rows), FRAMES_PER_TASK): yield source(path), tuple(rows[i:i + FRAMES_PER_TASK]), seen
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #261a3f12
+# %% ../../nbs/cohort/03_thumbs.ipynb #1627d20a
 _FAILED = dict(image_id=pl.String, reason=pl.String, step=pl.String)
 
 def make_thumbnails(
@@ -463,7 +484,7 @@ def make_thumbnails(
     workers = len(client.scheduler_info(n_workers=-1)['workers']) if client else 0
     if workers: n = max(1, min(n, todo.height // (4 * workers)))  # a small cohort is shared out evenly
     fn = functools.partial(_make, folder=store.folder.resolve(), tag=tag, stamp=store._stamp(),
-        limits=(settings.image.thumbnail_size, e.max_pixels, e.max_inflated_bytes))
+        limits=(settings.image.thumbnail_size, e.max_pixels, e.max_inflated_bytes, e.max_depth))
     with Progress('Making thumbnails', todo.height) if tasks else nullcontext() as progress:
         for bad in _failures(fn, tasks, n, client, e.file_timeout, progress):
             failed.append(bad)
@@ -491,7 +512,7 @@ def Sheet(**kwargs):
     "A matplotlib `Figure` (same arguments) that shows itself in any notebook, whatever backend is set."
     return _sheet()(**kwargs)
 
-# %% ../../nbs/cohort/03_thumbs.ipynb #bee8df22
+# %% ../../nbs/cohort/03_thumbs.ipynb #553a2aba
 def _short(line, most=25): return line if len(line) <= most else line[:most - 1] + '…'  # a long caption would squeeze the pictures
 
 def contact_sheet(
@@ -509,7 +530,7 @@ def contact_sheet(
     axes = fig.subplots(nrows, ncols, squeeze=False).ravel()
     for ax in axes: ax.set_axis_off()
     for ax, img, text in zip(axes, images, [*captions, *[''] * len(images)]):
-        if img is not None: ax.imshow(_shrunk(img, edge), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
+        if img is not None: ax.imshow(_shrunk(_unnamed(img), edge), cmap='gray', vmin=0, vmax=255, interpolation='nearest')
         ax.text(.5, -.03, '\n'.join(map(_short, text.split('\n'))), transform=ax.transAxes, ha='center', va='top', color='0.85', fontsize=7)
     if title: fig.suptitle(title, color='0.95', fontsize=10)
     return fig
@@ -517,6 +538,8 @@ def contact_sheet(
 def _fetched(thumbs, ids):
     have = set(ids) - set(thumbs.missing(ids))
     return [thumbs.get(i) if i in have else None for i in ids]
+
+def _unnamed(img): return hide_text(img) if img.ndim == 2 and img.dtype == np.uint8 else img
 
 def _shrunk(img, edge):
     k = min(1., edge / max(img.shape[:2]))

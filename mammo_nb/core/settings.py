@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MammoError', 'SettingsError', 'Finding', 'Study', 'Paths', 'ImageSettings', 'Splits', 'Train', 'Thresholds', 'Infer',
-           'Engine', 'Privacy', 'Demo', 'Settings', 'find_root', 'load_settings']
+           'Engine', 'Privacy', 'Headers', 'Demo', 'Settings', 'find_root', 'load_settings']
 
 # %% ../../nbs/core/00_settings.ipynb #abf032ea
 import configparser
@@ -23,9 +23,9 @@ class MammoError(Exception):
 class SettingsError(MammoError):
     "`settings.ini` is missing, has an unknown key, or a value that does not fit."
 
-# %% ../../nbs/core/00_settings.ipynb #d5a562b0
+# %% ../../nbs/core/00_settings.ipynb #ef82985c
 class _Section(BaseModel):
-    model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True)
+    model_config = ConfigDict(extra='forbid', frozen=True, validate_default=True, allow_inf_nan=False)
 
 class Finding(_Section):
     "What is looked for in every image; `name` is the short form used in `max_prob_<name>`."
@@ -53,7 +53,7 @@ class Splits(_Section):
     hold_out: float = Field(0.2, gt=0, lt=1)
     valid: float = Field(0.2, gt=0, lt=1)
 
-# %% ../../nbs/core/00_settings.ipynb #2cc56641
+# %% ../../nbs/core/00_settings.ipynb #96d32016
 class Train(_Section):
     arch: str = 'resnet18'
     pretrained: Literal['auto', 'yes', 'no'] = 'auto'
@@ -81,15 +81,26 @@ class Infer(_Section):
     precision: Literal['auto', 'fp32', 'int8'] = 'auto'
     provider: Literal['auto', 'cpu', 'cuda'] = 'auto'
 
+# %% ../../nbs/core/00_settings.ipynb #aa0b1fa5
 class Engine(_Section):
+    "Limits per file: what goes beyond one of them is rejected, and costs nobody else anything."
     workers: int = Field(0, ge=0, le=1024)
-    file_timeout: float = Field(60, gt=0)
+    file_timeout: float = Field(60, gt=0, le=604_800)
     memory_per_worker: str = Field('4GiB', pattern=r'^\d+(\.\d+)?\s*[KMGT]i?B$')
     max_pixels: int = Field(200_000_000, ge=1_000_000)
     max_inflated_bytes: int = Field(2_000_000_000, ge=1_000_000)
+    max_depth: int = Field(64, ge=20, le=128)
 
 class Privacy(_Section):
     keep_text: tuple[str, ...] = ()
+    folder_names: bool = False
+
+class Headers(_Section):
+    train: bool = False
+    min_precision: float = Field(0.9, ge=0, le=1)
+    worth: float = Field(100., gt=0)
+    most: int = Field(1000, ge=1)
+    combine: bool = False
 
 class Demo(_Section):
     patients: int = Field(60, ge=4)
@@ -111,7 +122,7 @@ def _key_meaning(value, names):
     if bad: raise ValueError(f"'{bad[0]}' is no finding of this study; use {', '.join(names)}, none, skip or undo")
     return tuple(n for n in names if n in parts)
 
-# %% ../../nbs/core/00_settings.ipynb #d039ed33
+# %% ../../nbs/core/00_settings.ipynb #f4a67ba0
 class Settings(_Section):
     "A checked study; one attribute per section of `settings.ini`."
     study: Study
@@ -125,6 +136,7 @@ class Settings(_Section):
     infer: Infer = Infer()
     engine: Engine = Engine()
     privacy: Privacy = Privacy()
+    headers: Headers = Headers()
     demo: Demo = Demo()
     root: Path = Field(Path('.'), exclude=True)
 
@@ -132,8 +144,7 @@ class Settings(_Section):
     def _whole(self):
         cols = [f.column for f in self.findings]
         if len(set(cols)) != len(cols): raise ValueError('two findings share one column; give each its own')
-        if self.splits.hold_out + self.splits.valid >= 0.9:
-            raise ValueError('[splits] hold_out + valid leave under a tenth of the patients to train on; lower one')
+        if self.splits.hold_out + self.splits.valid >= 0.9: raise ValueError('[splits] hold_out + valid leave under a tenth of the patients to train on; lower one')
         return self
 
     @property
@@ -157,7 +168,7 @@ class Settings(_Section):
         text = json.dumps(self.model_dump(mode='json'), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/core/00_settings.ipynb #020a1f95
+# %% ../../nbs/core/00_settings.ipynb #a980d116
 def _split(text): return tuple(p.strip() for p in text.split(',') if p.strip())
 
 def _first_problem(e):
@@ -165,7 +176,8 @@ def _first_problem(e):
     err = e.errors()[0]
     loc = [str(p) for p in err['loc'] if not str(p).startswith(('literal', 'constrained', 'float', 'function'))]
     msg = err['msg'].removeprefix('Value error, ')
-    given = f", not '{err['input']}'" if isinstance(err['input'], (str, int, float)) else ''
+    text = ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in str(err['input'])[:100])
+    given = f", not '{text}'" if isinstance(err['input'], (str, int, float)) else ''
     if err['type'] == 'extra_forbidden': msg, given = 'is not a known key; check its spelling or remove it', ''
     elif err['type'] == 'missing': msg, given = 'is missing; add it', ''
     else: msg = msg.replace('Input should be', 'must be')
@@ -187,7 +199,7 @@ def find_root(
         if (d/'settings.ini').is_file(): return d
     raise SettingsError(f"No settings.ini in {start} or a folder above it; change into your project folder or pass settings=PATH.")
 
-# %% ../../nbs/core/00_settings.ipynb #f75078e6
+# %% ../../nbs/core/00_settings.ipynb #d6e2ef2c
 def load_settings(
     path: str | Path | None = None,  # `settings.ini`; default: the nearest one from the working folder upwards
 ) -> Settings:
@@ -195,14 +207,15 @@ def load_settings(
     path = Path(path).resolve() if path else find_root()/'settings.ini'
     if path.is_dir(): path = path/'settings.ini'
     if not path.is_file(): raise SettingsError(f"{path}: no such file; pass the path of a settings.ini.")
+    if (n := path.stat().st_size) > 1 << 20: raise SettingsError(f"{path} has {n:,} bytes; a settings.ini has some kilobytes, so pass another one.")
     cp = configparser.ConfigParser(interpolation=None)
     try: cp.read_string(path.read_text(encoding='utf-8'), source=path.name)
-    except (configparser.Error, UnicodeDecodeError) as e:
+    except (configparser.Error, UnicodeDecodeError, OSError) as e:
         raise SettingsError(f"{path}: {' '.join(str(e).split())}; write lines as 'key = value' under a [section].") from None
     return _from_ini({s: dict(cp[s]) for s in cp.sections()}, path)
 
-# %% ../../nbs/core/00_settings.ipynb #a5e31376
-_sections = dict(paths=Paths, image=ImageSettings, splits=Splits, train=Train, thresholds=Thresholds, infer=Infer, engine=Engine, privacy=Privacy, demo=Demo)
+# %% ../../nbs/core/00_settings.ipynb #e1b3a59a
+_sections = dict(paths=Paths, image=ImageSettings, splits=Splits, train=Train, thresholds=Thresholds, infer=Infer, engine=Engine, privacy=Privacy, headers=Headers, demo=Demo)
 _lists = {('study', 'findings'), ('study', 'study_id'), ('study', 'site'), ('privacy', 'keep_text')}
 
 def _from_ini(ini, path):

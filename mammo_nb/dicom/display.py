@@ -33,7 +33,7 @@ def _first(places, *keywords):
     "The first place that has all the keywords"
     return next((p for p in places if all(get_value(p, k) is not None or get_numbers(p, k) for k in keywords)), None)
 
-# %% ../../nbs/dicom/01_display.ipynb #1425c0a1
+# %% ../../nbs/dicom/01_display.ipynb #808bc4a2
 def _used_bits(top, nominal):
     "Bits that hold `top` where a nominal 16 plainly says nothing (two bits or more unused), else the nominal ones"
     used = max(1, int(top).bit_length())
@@ -47,28 +47,34 @@ def _table(item, signed, big_endian):
     if isinstance(data, bytes):
         words = data[:len(data) // 2 * 2] if len(data) > n else b''
         t = np.frombuffer(words, '>u2' if big_endian else '<u2') if words else np.frombuffer(data, np.uint8)
-    else: t = np.atleast_1d(np.asarray(data))
+    else:
+        try: t = np.array([float(x) for x in np.atleast_1d(data).ravel()])
+        except (TypeError, ValueError): return None
     t = t[:n].astype(np.float64)
-    if not len(t) or not 1 <= bits <= 16: return None
+    if not len(t) or not 1 <= bits <= 16 or not (t >= 0).all() or t.max() > 65535: return None
     if signed and first > 32767: first -= 65536
     return first, t.tobytes(), 2**_used_bits(t.max(), bits) - 1
 
 def _first_table(place, keyword, signed, big_endian):
     items = get_items(place, keyword) if place is not None else []
-    return next((t for i in items if (t := _table(i, signed, big_endian))), None)
+    return next((t for i in items[:_MANY] if (t := _table(i, signed, big_endian))), None)
+
+_MANY = 64  # tables and windows to look at
 
 def _look_up(x, table):
     first, t = table[0], np.frombuffer(table[1])
     return t[np.clip(np.floor(x - first), 0, len(t) - 1).astype(np.int64)]
 
-# %% ../../nbs/dicom/01_display.ipynb #b212fff2
+# %% ../../nbs/dicom/01_display.ipynb #2afbfcc2
+_HUGE = 1e15  # beyond it, and below its inverse, a number in a header is a mistake
+
 def _window(places):
     "The first usable `(centre, width, function)`, or None"
     p = _first(places, 'WindowCenter', 'WindowWidth')
     if p is None: return None
     fn = (get_text(p, 'VOILUTFunction') or ('LINEAR',))[0]
     for c, w in zip(get_numbers(p, 'WindowCenter'), get_numbers(p, 'WindowWidth')):
-        if w > 0: return c, w, 'LINEAR_EXACT' if fn == 'LINEAR' and w < 1 else fn
+        if 1 / _HUGE < w < _HUGE and abs(c) < _HUGE: return c, w, 'LINEAR_EXACT' if fn == 'LINEAR' and w < 1 else fn
     return None
 
 def _windowed(x, c, w, fn):
@@ -104,14 +110,17 @@ def _padding(ds, lay):
     wrap = lambda v: v - 2**lay.stored if lay.signed and v >= 2**(lay.stored - 1) else v
     return tuple(sorted((wrap(a), wrap(b))))
 
-# %% ../../nbs/dicom/01_display.ipynb #62d8f081
+# %% ../../nbs/dicom/01_display.ipynb #c01ef54c
 def _modality(places, lay, big):
     "The modality table, `(slope, intercept)`, or None"
     p = _first(places, 'ModalityLUTSequence')
     if table := _first_table(p, 'ModalityLUTSequence', lay.signed, big): return table
     p = _first(places, 'RescaleSlope', 'RescaleIntercept')
     slope = 0 if p is None else get_number(p, 'RescaleSlope', 1.)
-    return (slope, get_number(p, 'RescaleIntercept', 0.)) if slope else None
+    if not slope: return None
+    if not 1 / _HUGE < abs(slope) < _HUGE or abs(at := get_number(p, 'RescaleIntercept', 0.)) > _HUGE:
+        raise ReadError('its pixel values are scaled beyond all measure (Rescale Slope, Rescale Intercept).')
+    return slope, at
 
 def _display(ds, frame, lay, used=None):
     "What the header asks for"
@@ -306,7 +315,7 @@ def _faithful(fr, d, long_edge):
     most, (far, dark) = _limits[fr.lossy][min(3, round(-math.log2(fr.scale))) - 1], _shifts[fr.lossy]
     return spread < most and shift < far and dimmer < dark
 
-# %% ../../nbs/dicom/01_display.ipynb #798e6968
+# %% ../../nbs/dicom/01_display.ipynb #4c61a341
 def _decoded(src, frame, reduce_to, max_pixels):
     "A frame, perhaps at a reduced size, and how its header asks to display it"
     ds, lay = src.header, src.image_layout(max_pixels)
@@ -340,6 +349,8 @@ def render(
         with open_source(src, max_inflated_bytes) as s: return render(s, long_edge, frame, max_pixels)
     try: return _shown(*_decoded(src, frame, long_edge, max_pixels), long_edge)
     except ReadError as e: raise ReadError(e.reason, src.name) from None
+    except (ArithmeticError, AttributeError, IndexError, KeyError, TypeError, ValueError, cv2.error) as e:
+        raise ReadError(f'its header asks for a display that makes no sense ({type(e).__name__}).', src.name) from None
 
 # %% ../../nbs/dicom/01_display.ipynb #5fd86af9
 def _middle(img8, size):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['READS', 'tag_number', 'Unusual', 'Peek', 'peek_bytes', 'peek', 'first_item', 'Begun', 'Peeks', 'peek_heads']
 
-# %% ../../nbs/dicom/04_peek.ipynb #c3afea4d
+# %% ../../nbs/dicom/04_peek.ipynb #b95ebda9
 import functools
 import os
 import struct
@@ -15,7 +15,7 @@ import numpy as np
 from fastcore.basics import patch
 from pydicom.datadict import DicomDictionary
 
-from .read import MAX_DEPTH
+from .read import ReadError, open_plain
 
 # %% ../../nbs/dicom/04_peek.ipynb #b4790ad6
 def tag_number(
@@ -49,10 +49,10 @@ def _element(buf, at, explicit):
     if n == _open and vr not in _nested: raise Unusual
     return tag, vr if vr == b'SQ' or n == _open else b'', n, at + 12
 
-# %% ../../nbs/dicom/04_peek.ipynb #adeb13e2
+# %% ../../nbs/dicom/04_peek.ipynb #2eaab33d
 def _sequence(buf, at, n, vr, explicit, depth=0):
     "Where the sequence (or icon) of length `n` ends whose items begin at `at`"
-    if depth > MAX_DEPTH: raise Unusual
+    if depth > 16: raise Unusual
     pixels, explicit = vr in (b'OB', b'OW'), explicit and vr != b'UN'
     stop = at + n if n != _open else None
     while at != stop:
@@ -130,7 +130,7 @@ def peek_bytes(
     if at != start or syntax not in _explicit and syntax != _implicit: raise Unusual
     return Peek(buf, syntax, _walk(buf, start, wanted, syntax != _implicit))
 
-# %% ../../nbs/dicom/04_peek.ipynb #8bce36ab
+# %% ../../nbs/dicom/04_peek.ipynb #95cd212b
 READS = 1 << 14, 1 << 16, 1 << 19  # bytes read at first, and where that is not enough
 
 def peek(
@@ -138,14 +138,12 @@ def peek(
     wanted: frozenset[int],  # tag numbers, see `tag_number`
 ) -> Peek | None:  # None: not usual, read it with `dicom.read`
     "Looks at a file's header, reading its first 16 kB, and more where it is longer, up to half a megabyte. Never raises."
-    try: fd = os.open(path, os.O_RDONLY)
-    except (OSError, ValueError): return None
     try:
-        for n in READS:
-            try: return peek_bytes(os.pread(fd, n, 0), wanted)
-            except (struct.error, IndexError): pass
-    except (OSError, Unusual): pass
-    finally: os.close(fd)
+        with open_plain(path) as f:
+            for n in READS:
+                try: return peek_bytes(os.pread(f.fileno(), n, 0), wanted)
+                except (struct.error, IndexError): pass
+    except (OSError, ValueError, ReadError, Unusual): pass
 
 def first_item(
     p: Peek,  # from `peek`

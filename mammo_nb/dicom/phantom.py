@@ -7,12 +7,14 @@ __all__ = ['CLIPS', 'DISTRACTORS', 'VENDORS', 'SITES', 'SITES_A', 'SITES_B', 'SY
            'power_noise', 'Anatomy', 'Look', 'phantom_image', 'Vendor', 'Site', 'to_stored', 'write_dicom', 'Shot',
            'image_key', 'truth_path', 'make_cohort']
 
-# %% ../../nbs/dicom/03_phantom.ipynb #49979c00
+# %% ../../nbs/dicom/03_phantom.ipynb #43d010fc
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import shutil
+import threading
 import zipfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +30,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import UID
 
-from ..core.engine import disk_problem, read_meta, write_parquet, write_text
+from ..core.engine import disk_problem, read_meta, read_table, write_parquet, write_text
 from ..core.settings import MammoError
 
 # %% ../../nbs/dicom/03_phantom.ipynb #b227eabe
@@ -1078,7 +1080,7 @@ def _rows(shot, info, content=None):
             **dict(zip(_box_names, info['tool_box'] or ())))
     return [dict(base, frame=i, image_id=image_key(name, i)) for i in range(shot.frames)]
 
-# %% ../../nbs/dicom/03_phantom.ipynb #4d6abf4f
+# %% ../../nbs/dicom/03_phantom.ipynb #41da3241
 def _make_unit(shots, root, notes):
     "Makes the file (or zip archive) of one unit and notes its rows; a worker's job"
     final = root/shots[0].path.split('!')[0]
@@ -1094,15 +1096,27 @@ def _make_unit(shots, root, notes):
     else: made = [(s, _write_fault(s, tmp, root) if s.fault else _write_shot(s, tmp)) for s in shots]
     size, content = tmp.stat().st_size, hashlib.sha256(tmp.read_bytes()).hexdigest()[:32]
     final.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(tmp, final)
+    _put(tmp, final)
     rows = [dict(r, bytes=size) for s, info in made for r in _rows(s, info, content)]
     note = notes/f'{shots[0].unit}.tmp'
     note.write_text(json.dumps(rows), encoding='utf-8')
-    os.replace(note, notes/f'{shots[0].unit}.json')
+    _put(note, notes/f'{shots[0].unit}.json')
 
-def _worker_start(): cv2.setNumThreads(1)
+def _put(tmp, final):
+    "Into place, so that neither a kill nor a power cut leaves half of it"
+    with open(tmp, 'rb+') as f: os.fsync(f.fileno())
+    os.replace(tmp, final)
 
-# %% ../../nbs/dicom/03_phantom.ipynb #d703188e
+def _worker_start():
+    cv2.setNumThreads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+def _end_with_parent():
+    "A pool's worker waits for work for ever, also when whoever started it was killed"
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+# %% ../../nbs/dicom/03_phantom.ipynb #91b27ed2
 TRUTH_VERSION = 1
 
 def truth_path(
@@ -1132,7 +1146,7 @@ def _known(folder, key):
     if truth.is_file():
         if read_meta(truth).get('arguments') != key:
             raise MammoError(f"{folder} holds a cohort made with other arguments; {_other}")
-        rows = pl.read_parquet(truth).to_dicts()
+        rows = read_table(truth).to_dicts()
     elif (notes/'arguments').is_file():
         if (notes/'arguments').read_text() != key:
             raise MammoError(f"{folder} holds a half-made cohort with other arguments; {_other}")
@@ -1143,7 +1157,7 @@ def _known(folder, key):
     for r in rows: units.setdefault(r['unit'], []).append(r)
     return units
 
-# %% ../../nbs/dicom/03_phantom.ipynb #cfce9ef5
+# %% ../../nbs/dicom/03_phantom.ipynb #1504d313
 def make_cohort(
     folder: str | Path,  # DICOM files go below it; the truth beside it, at `truth_path(folder)`
     patients: int = 60,
@@ -1173,7 +1187,7 @@ def make_cohort(
     for s in _plan_cohort(patients, image_size, seed, sites, broken, prevalence, key):
         units.setdefault(s.unit, []).append(s)
     todo = [u for u in units if u not in known or not _whole(known[u], folder)]
-    if not todo and truth.is_file(): return pl.read_parquet(truth)
+    if not todo and truth.is_file(): return read_table(truth)
     try:
         notes.mkdir(parents=True, exist_ok=True)
         folder.mkdir(parents=True, exist_ok=True)
@@ -1187,7 +1201,7 @@ def make_cohort(
     shutil.rmtree(notes, ignore_errors=True)
     return df
 
-# %% ../../nbs/dicom/03_phantom.ipynb #ad57bf08
+# %% ../../nbs/dicom/03_phantom.ipynb #5fcf79a1
 def _check_arguments(patients, image_size, broken, prevalence, workers):
     if patients < 1: raise MammoError(f'patients must be 1 or more, not {patients}.')
     if not 64 <= image_size <= 8192: raise MammoError(f'image_size must lie between 64 and 8192 pixels, not {image_size}.')
@@ -1217,9 +1231,11 @@ def _remove_cohort(folder):
     "Removes the files a cohort's truth (or notes) names, and nothing else"
     truth, notes = truth_path(folder), folder.parent/f'{folder.name}-making'
     names = set()
-    if truth.is_file(): names |= set(pl.read_parquet(truth, columns=['path'])['path'])
+    if truth.is_file(): names |= set(read_table(truth, ['path'])['path'])
     for p in notes.glob('*.json'): names |= {r['path'] for r in json.loads(p.read_text(encoding='utf-8'))}
-    for n in names: (folder/n.split('!')[0]).unlink(missing_ok=True)
+    inside = folder.resolve()
+    for p in (folder/n.split('!')[0] for n in names):
+        if p.parent.resolve().is_relative_to(inside): p.unlink(missing_ok=True)  # names come from files
     truth.unlink(missing_ok=True)
     shutil.rmtree(notes, ignore_errors=True)
     for d in sorted((d for d in folder.rglob('*') if d.is_dir()), reverse=True):

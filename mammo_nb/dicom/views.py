@@ -50,7 +50,7 @@ def view_modifiers(
     items = inside + get_items(ds, 'ViewModifierCodeSequence')
     return tuple(dict.fromkeys(MODIFIER_CODES[c] for i in items if (c := code_of(i)) in MODIFIER_CODES))
 
-# %% ../../nbs/dicom/02_views.ipynb #bde90fc5
+# %% ../../nbs/dicom/02_views.ipynb #65bf4cc9
 _sides = {'L': 'L', 'LEFT': 'L', 'R': 'R', 'RIGHT': 'R', 'LT': 'L', 'RT': 'R'}
 _views = ('XCCL', 'XCCM', 'MLO', 'LMO', 'SIO', 'ISO', 'ML', 'LM', 'FB', 'CC')
 _names = {'CRANIOCAUDAL': 'CC', 'MEDIOLATERALOBLIQUE': 'MLO', 'LATEROMEDIALOBLIQUE': 'LMO', 'MEDIOLATERAL': 'ML',
@@ -60,7 +60,7 @@ def parse_view(
     text: str,  # like 'RMLO', 'L CC MAG', 'LEFT_CC', 'Cranio-caudal'
 ) -> tuple[str, str]:  # side ('L', 'R', '') and view ('CC' …, '')
     "Side and view from words; a word that merely contains the letters does not count."
-    text = text.upper()
+    text = text[:1000].upper()
     joined = re.sub('[^A-Z]', '', text)
     whole = next((v for k, v in sorted(_names.items(), key=lambda kv: -len(kv[0])) if len(k) > 8 and k in joined), '')
     side, view = '', ''

@@ -6,7 +6,7 @@
 __all__ = ['OUTCOMES', 'MOST', 'lines', 'review_list', 'hanging_order', 'Pictures', 'image_answers', 'shown_images', 'reviewed',
            'write_reviewed_csv', 'Reviewer']
 
-# %% ../../nbs/labels/03_review.ipynb #b63e3e94
+# %% ../../nbs/labels/03_review.ipynb #92af3f9d
 import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +21,7 @@ from ..cohort.thumbs import Thumbnails, contact_sheet
 from ..core.engine import write_text
 from ..core.settings import MammoError, Settings
 from ..dicom.display import render
-from .store import LabelStore, marked, now_utc
+from .store import LabelStore, marked
 from .widget import Station, page_files
 
 # %% ../../nbs/labels/03_review.ipynb #d7feb310
@@ -271,7 +271,7 @@ def _why(self:Reviewer, study, rows):
     yes = [n for n in title if rows[f'says_{n}'].max()] or [finding]
     return f"{study['kind']}: " + ', '.join(f'{title[n]} {most[n]:.2f}' for n in sorted(yes, key=lambda n: n != finding) if most[n] is not None)
 
-# %% ../../nbs/labels/03_review.ipynb #cbd1b48f
+# %% ../../nbs/labels/03_review.ipynb #b30fe05b
 @patch
 def _mine(self:Reviewer):
     "The rater's answers to the list's images; a skip counts only if it was made here"
@@ -281,7 +281,7 @@ def _mine(self:Reviewer):
 @patch
 def _state(self:Reviewer, queue):
     store, mine, names, cols = self.store, self._mine(), self.settings.names, self.settings.columns
-    labels = store.labels().select('image_id', *cols).iter_rows()
+    labels = store.labels(headers=False).select('image_id', *cols).iter_rows()
     said = {i: [n for n, v in zip(names, vs) if v] for i, *vs in labels if i in self._says and i not in mine}
     images = {}
     for i, (probs, says) in self._says.items():
@@ -290,7 +290,7 @@ def _state(self:Reviewer, queue):
     history = [(e.client, e.seq, e.image_id, marked(e.label), e.time) for e in store.history(self.rater, 'review', 2000) if e.image_id in self._says]
     last = store.history(self.rater, n=1)
     return dict(queue='review', studies=self._list, images=images, mine=mine, theirs=said, history=history, explains=self.cam is not None,
-                holder=store.lease(self.rater), time=now_utc(), last=last[0].time if last else None)
+                holder=store.lease(self.rater), time=store.now(), last=last[0].time if last else None)
 
 # %% ../../nbs/labels/03_review.ipynb #5d4bdb70
 @patch

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['page_notebook', 'serve_labeler', 'main']
 
-# %% ../../nbs/labels/02_serve.ipynb #15c66e7b
+# %% ../../nbs/labels/02_serve.ipynb #d6eaaca7
 import argparse
 import importlib.util
 import json
@@ -23,7 +23,7 @@ import urllib.request
 from pathlib import Path
 
 from ..core.engine import has_table
-from ..core.run import job
+from ..core.run import job, scratch
 from ..core.settings import MammoError
 
 # %% ../../nbs/labels/02_serve.ipynb #6ad65c01
@@ -67,7 +67,7 @@ def _template(folder):
     (d/'conf.json').write_text('{"base_template": "lab"}')
     (d/'index.html.j2').write_text(_page)
 
-# %% ../../nbs/labels/02_serve.ipynb #5c043f9f
+# %% ../../nbs/labels/02_serve.ipynb #219bad7f
 def _free_port(port):
     "The port itself if it is free, any free one for 0"
     with socket.socket() as s:
@@ -77,7 +77,8 @@ def _free_port(port):
         return s.getsockname()[1]
 
 def _voila_config(port, token):
-    return dict(Voila=dict(ip='127.0.0.1', port=port, port_retries=0, token=token, open_browser=False, mathjax_url='static/none.js'),
+    return dict(Voila=dict(ip='127.0.0.1', port=port, port_retries=0, token=token, open_browser=False, mathjax_url='static/none.js',
+                           tornado_settings=dict(allow_remote_access=False)),  # Voila answers to any Host header otherwise, so a page elsewhere could pose as this one
                 VoilaConfiguration=dict(template='labeler', theme='dark', preheat_kernel=False, show_tracebacks=True, file_allowlist=['a^']))
 
 def _wait(proc, url, log, seconds):
@@ -91,7 +92,19 @@ def _wait(proc, url, log, seconds):
     lines = Path(log).read_text(errors='replace').strip().splitlines() or ['it said nothing']
     raise MammoError(f"Voila did not start: {lines[-1]}")
 
-# %% ../../nbs/labels/02_serve.ipynb #f81d0928
+# %% ../../nbs/labels/02_serve.ipynb #b2d53acc
+_voila = """import os, signal, sys, threading, time
+def end_with(parent):
+    while os.getppid() == parent: time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5)
+    os._exit(1)
+threading.Thread(target=end_with, args=(int(sys.argv.pop(1)),), daemon=True).start()
+from voila.app import main
+sys.argv[0] = 'voila'
+main()"""
+
+# %% ../../nbs/labels/02_serve.ipynb #cd8e642d
 def serve_labeler(
     cohort: str,  # its name
     rater: str,  # whose labels
@@ -114,7 +127,7 @@ def serve_labeler(
         raise MammoError(f"Nothing to review in {j.folder}; run mammo run infer -p cohort={cohort} first.")
     if not re.search(r'\S', rater): raise MammoError("--rater is empty; give your name, labels carry it.")
     port, token = _free_port(port), secrets.token_urlsafe(24)
-    with tempfile.TemporaryDirectory() as d:
+    with scratch(), tempfile.TemporaryDirectory() as d:
         ini = Path(settings).resolve() if settings else j.settings.root/'settings.ini'
         nb, config, log = Path(d)/'labeler.ipynb', Path(d)/'voila.json', Path(d)/'log'
         nb.write_text(json.dumps(page_notebook(j.folder.resolve(), rater, ini, queue, review, j.bundle.resolve() if j.bundle else '')))
@@ -122,8 +135,9 @@ def serve_labeler(
         config.write_text(json.dumps(_voila_config(port, token)))
         _template(d)
         env = {k: v for k, v in os.environ.items() if not k.startswith(('MAMMO_RUN_DIR', 'JPY_'))}
+        env['PYTHONSAFEPATH'] = '1'  # the page's kernel imports nothing from the folder it starts in
         env['JUPYTER_PATH'] = os.pathsep.join(filter(None, (d, env.get('JUPYTER_PATH'))))
-        with open(log, 'w') as out: proc = subprocess.Popen([sys.executable, '-m', 'voila', str(nb)], cwd=d, stdout=out, stderr=out, env=env)
+        with open(log, 'w') as out: proc = subprocess.Popen([sys.executable, '-P', '-c', _voila, str(os.getpid()), str(nb)], cwd=d, stdout=out, stderr=out, env=env)
         try:
             _wait(proc, f'http://127.0.0.1:{port}/', log, seconds)
             what = 'Reviewer' if review else 'Labeler'

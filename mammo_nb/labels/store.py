@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'SCHEMA_VERSION', 'SPLITS', 'QUEUES', 'Event', 'StoreError', 'EventError', 'LabelStore', 'now_utc',
            'label_values', 'label_text', 'marked', 'ImportReport', 'Oracle']
 
-# %% ../../nbs/labels/00_store.ipynb #92271a1b
+# %% ../../nbs/labels/00_store.ipynb #fc24b5b8
 import contextlib
 import csv
 import hashlib
@@ -25,7 +25,7 @@ import numpy as np
 import polars as pl
 from fastcore.basics import patch
 
-from ..core.engine import write_text
+from ..core.engine import seal_problem, write_text
 from ..core.settings import MammoError, Settings
 
 # %% ../../nbs/labels/00_store.ipynb #57e89de5
@@ -72,12 +72,12 @@ def _ddl():
                    f"BEGIN SELECT RAISE(ABORT, 'the label store is append-only'); END")
     for i, on in _indexes.items(): yield f'CREATE INDEX IF NOT EXISTS {i} ON {on}'
 
-# %% ../../nbs/labels/00_store.ipynb #bb06f303
+# %% ../../nbs/labels/00_store.ipynb #388e25b5
 _rank = """CASE WHEN e.saw_model AND e.image_id IN (SELECT image_id FROM images WHERE split = 'hold_out') THEN 0 ELSE
     CASE e.source WHEN 'human' THEN 30 WHEN 'header' THEN 10 ELSE 20 END + CASE WHEN e.queue = 'disagreements' THEN 5 ELSE 0 END END"""
 
-def _views(settings, blind=False):
-    "Name -> SELECT, in the order they build on one another; the last ones have columns per finding. `blind`: as if nobody had seen the model"
+def _views(settings, blind=False, headers=True):
+    "Name -> SELECT, in the order they build on one another; the last ones have columns per finding. `blind`: as if nobody had seen the model; `headers`: False as if no header had spoken"
     names = settings.names
     value = lambda n: f"""json_extract(label, '$."{n}"')"""
     votes = ', '.join(f'sum({value(n)} = 1) AS yes_{n}, sum({value(n)} = 0) AS no_{n}' for n in names)
@@ -89,7 +89,7 @@ def _views(settings, blind=False):
     return dict(
         current_images='SELECT i.* FROM images i WHERE i.version = (SELECT max(j.version) FROM images j WHERE j.image_id = i.image_id)',
         live="""SELECT e.* FROM events e WHERE e.undo_client IS NULL AND NOT EXISTS
-            (SELECT 1 FROM events u WHERE u.undo_client = e.client AND u.undo_seq = e.seq AND u.rater = e.rater)""" + ' AND NOT e.saw_model' * blind,
+            (SELECT 1 FROM events u WHERE u.undo_client = e.client AND u.undo_seq = e.seq AND u.rater = e.rater)""" + ' AND NOT e.saw_model' * blind + " AND e.source <> 'header'" * (not headers),
         latest=f"""SELECT * FROM (SELECT *, row_number() OVER (PARTITION BY image_id, rater, rank ORDER BY time DESC, client DESC, seq DESC)
             AS nth FROM (SELECT e.*, {_rank} AS rank FROM live e)) WHERE nth = 1""",
         votes=f"""SELECT *, {tops} FROM (SELECT image_id, rank, max(time) AS time, {votes} FROM latest WHERE label <> 'skip' AND rank > 0
@@ -164,13 +164,14 @@ class LabelStore:
     def __exit__(self, *_): self.close()
     def __repr__(self): return f'LabelStore({self.path.name}: {self._one("SELECT count(DISTINCT image_id) FROM images")[0]} images)'
 
-# %% ../../nbs/labels/00_store.ipynb #135a2fb2
+# %% ../../nbs/labels/00_store.ipynb #517aa4f2
 @patch
 @contextlib.contextmanager
 def _errors(self:LabelStore):
     with self._lock:
         try: yield
         except sqlite3.Error as e: raise StoreError(_sentence(e, self.path)) from e
+        except UnicodeDecodeError as e: raise StoreError(_sentence('malformed', self.path)) from e
 
 @patch
 @contextlib.contextmanager
@@ -184,6 +185,11 @@ def _write(self:LabelStore):
             if self._db.in_transaction: self._db.execute('ROLLBACK')
             raise
         self._db.execute('COMMIT')
+
+@patch
+def check(self:LabelStore):
+    "Looks at the whole file. Raises `StoreError` where SQLite finds damage: pages, or rows and indexes that contradict each other."
+    if self._one('PRAGMA integrity_check(1)')[0] != 'ok': raise StoreError(_sentence('malformed', self.path))
 
 @patch
 def _check_open(self:LabelStore):
@@ -242,10 +248,15 @@ def images(self:LabelStore) -> pl.DataFrame:  # image_id, filename, study_id, pa
     return self._frame(f"SELECT {', '.join(_image_columns)} FROM current_images ORDER BY version", image_id=S, filename=S, study_id=S,
                        patient_id=S, frame_number=pl.Int64, view=S, split=S)
 
-# %% ../../nbs/labels/00_store.ipynb #5ddb65b3
+# %% ../../nbs/labels/00_store.ipynb #6ee43490
 def now_utc() -> str:  # ISO 8601 with milliseconds, so that text order is time order
     "The time as events carry it."
     return datetime.now(timezone.utc).isoformat(timespec='milliseconds').replace('+00:00', 'Z')
+
+def _after(last):
+    "Now, or a millisecond after `last` where the clock was set back"
+    now = now_utc()
+    return now if not last or now > last else _utc(datetime.fromtimestamp(datetime.fromisoformat(last).timestamp() + .0015, timezone.utc).isoformat())
 
 def _utc(text):
     "A time in any ISO 8601 form as UTC with milliseconds; a time without zone is taken as UTC"
@@ -328,13 +339,11 @@ def add(self:LabelStore,
     "Write one event; when this returns, it is on the disk."
     return self.add_many([event])[0]
 
-# %% ../../nbs/labels/00_store.ipynb #6aae7831
+# %% ../../nbs/labels/00_store.ipynb #f1a623eb
 @patch
 def _time(self:LabelStore, rater):
-    "Now, or a millisecond after the rater's last event if the clock was set back"
-    now, last = now_utc(), self._one('SELECT max(time) FROM events WHERE rater = ?', rater)[0]
-    if not last or now > last: return now
-    return _utc(datetime.fromtimestamp(datetime.fromisoformat(last).timestamp() + .0015, timezone.utc).isoformat())
+    "Now, or a millisecond after the rater's last event and the last queue if the clock was set back"
+    return _after(self._one('SELECT max(t) FROM (SELECT max(time) AS t FROM events WHERE rater = ? UNION ALL SELECT max(time) FROM queues)', rater)[0])
 
 @patch
 def label(self:LabelStore,
@@ -407,7 +416,7 @@ def undo(self:LabelStore,
                          undoes=(e.client, e.seq)))
     return e
 
-# %% ../../nbs/labels/00_store.ipynb #0ced16b8
+# %% ../../nbs/labels/00_store.ipynb #54f7de81
 @patch
 def _has(self:LabelStore): return {c: pl.Int8 for c in self.columns}
 
@@ -415,11 +424,12 @@ def _has(self:LabelStore): return {c: pl.Int8 for c in self.columns}
 def labels(self:LabelStore,
     rater: str | None = None,  # one rater's own opinion instead of the resolved one
     blind: bool = False,  # only what was said without the model's answer in sight; to score a model by
+    headers: bool = True,  # False: only what people said; what is scored, counted as labelled or asked next goes by that
 ) -> pl.DataFrame:  # image_id, has_… (0, 1 or null), labeled_at (UTC text), rater, source; a row per labelled image, by image_id
     "What the images are, as far as anybody has said."
     S, names, cols = pl.String, self.names, self.columns
-    views = _views(self.settings, blind)  # under the same names they stand before the stored ones
-    only = 'WITH ' + ', '.join(f'{n} AS ({views[n]})' for n in ('live', 'latest', 'votes', 'resolved')) + ' ' if blind else ''
+    views = _views(self.settings, blind, headers)  # under the same names they stand before the stored ones
+    only = 'WITH ' + ', '.join(f'{n} AS ({views[n]})' for n in ('live', 'latest', 'votes', 'resolved')) + ' ' if blind or not headers else ''
     if rater is None:
         who = """(SELECT group_concat(x, ' ') FROM (SELECT DISTINCT l.rater AS x FROM latest l WHERE l.image_id = r.image_id AND l.rank = r.rank
             AND l.label <> 'skip' ORDER BY x))"""
@@ -432,13 +442,14 @@ def labels(self:LabelStore,
         WHERE best = 1 AND label <> 'skip' ORDER BY image_id"""
     return self._frame(sql, rater, image_id=S, **self._has(), labeled_at=S, rater=S, source=S)
 
-# %% ../../nbs/labels/00_store.ipynb #9e4e333b
+# %% ../../nbs/labels/00_store.ipynb #7384f153
 @patch
 def counts(self:LabelStore,
     rater: str | None = None,  # only this rater's own labels
+    headers: bool = True,  # False: only what people said
 ) -> dict:  # images, labelled, skipped, disputed, classes: {'biopsy': 3, 'none': 8 …}, splits: {'train': (labelled, images) …}
     "How far the labelling is."
-    labels, images = self.labels(rater), self.images()
+    labels, images = self.labels(rater, headers=headers), self.images()
     classes = {}
     for row in labels.select(self.columns).iter_rows():
         k = label_text({n: v for n, v in zip(self.names, row) if v is not None})
@@ -455,7 +466,7 @@ def snapshot_hash(self:LabelStore) -> str:  # 16 hex
     lines = [','.join(self.columns), *(','.join('' if v is None else str(v) for v in r) for r in rows)]
     return hashlib.sha256('\n'.join(lines).encode()).hexdigest()[:16]
 
-# %% ../../nbs/labels/00_store.ipynb #9dbb4f35
+# %% ../../nbs/labels/00_store.ipynb #0e374caa
 SPLITS = ('hold_out', 'valid', 'train')
 QUEUES = (*SPLITS, 'skipped', 'disagreements')
 
@@ -480,11 +491,11 @@ def set_queue(self:LabelStore,
         raise StoreError(f"Queue '{name}' may not contain hold-out images ({len(bad)}, the first is {bad[0]}); "
                          f"they are labelled in the queue 'hold_out'.")
     with self._write() as db:
-        v = db.execute('INSERT INTO queues (name, time) VALUES (?, ?)', (name, now_utc())).lastrowid
+        v = db.execute('INSERT INTO queues (name, time) VALUES (?, ?)', (name, self.now())).lastrowid
         db.executemany('INSERT INTO queue_items VALUES (?, ?, ?)', [(v, p, i) for p, i in enumerate(ids)])
     return len(ids)
 
-# %% ../../nbs/labels/00_store.ipynb #0fec0530
+# %% ../../nbs/labels/00_store.ipynb #f4021d42
 @patch
 def queue(self:LabelStore,
     name: str,
@@ -507,6 +518,19 @@ def queue(self:LabelStore,
 def queue_time(self:LabelStore, name: str) -> str | None:
     "When a stored queue was set, UTC."
     return self._one('SELECT max(time) FROM queues WHERE name = ?', name)[0]
+
+# %% ../../nbs/labels/00_store.ipynb #d8a15a8a
+@patch
+def now(self:LabelStore) -> str:  # UTC with milliseconds
+    "The time, but later than any queue and any second look, so that it does not hang on the clock whether somebody has looked again."
+    return _after(self._one("SELECT max(t) FROM (SELECT max(time) AS t FROM queues UNION ALL SELECT max(time) FROM events WHERE queue = 'suspects')")[0])
+
+@patch
+def queue_version(self:LabelStore,
+    name: str | None = None,  # a stored queue; None: any
+) -> int:  # 0: there is none
+    "Counts up with every queue that is set: which of two came first is told by this, and not by a clock that may jump."
+    return self._one('SELECT max(version) FROM queues WHERE ?1 IS NULL OR name = ?1', name)[0] or 0
 
 @patch
 def queues(self:LabelStore) -> list[str]:
@@ -621,7 +645,7 @@ def disagreements(self:LabelStore) -> pl.DataFrame:  # image_id and a column per
     cols = {'image_id': ids, **{r: [d.get(i) for i in ids] for r, d in said.items()}}
     return pl.DataFrame(cols, schema=dict.fromkeys(cols, pl.String))
 
-# %% ../../nbs/labels/00_store.ipynb #5a50a3d1
+# %% ../../nbs/labels/00_store.ipynb #b3ff2ae6
 class ImportReport(NamedTuple):
     "What came of a CSV: labels added, labels that were already there, and (line, reason) of each row left out."
     added: int
@@ -634,10 +658,11 @@ _words = {'1': 1, 'yes': 1, 'true': 1, '1.0': 1, '0': 0, 'no': 0, 'false': 0, '0
 def export_csv(self:LabelStore,
     path: str | Path,  # written whole or not at all
     rater: str | None = None,  # one rater's own labels instead of the resolved ones
+    filenames: bool = False,  # also the column `filename`; a list of labels travels, and paths may name patients
 ) -> int:  # rows
-    "Write the labels as CSV: image_id, filename, frame_number, study_id, has_…, labeled_at, rater, source."
-    df = self.labels(rater).join(self.images(), on='image_id', how='left', maintain_order='left')
-    df = df.select('image_id', 'filename', 'frame_number', 'study_id', *self.columns, 'labeled_at', 'rater', 'source')
+    "Write what people said as CSV: image_id, frame_number, study_id, has_…, labeled_at, rater, source."
+    df = self.labels(rater, headers=False).join(self.images(), on='image_id', how='left', maintain_order='left')
+    df = df.select('image_id', *['filename'] * filenames, 'frame_number', 'study_id', *self.columns, 'labeled_at', 'rater', 'source')
     write_text(path, df.write_csv())
     return len(df)
 
@@ -705,7 +730,7 @@ def _csv_event(self:LabelStore, row, client, line, rater, known, by_name):
     if all(v is None for v in label.values()): raise ValueError('says nothing about any finding')
     return Event(client, line, row.get('rater') or rater, image, label, row.get('labeled_at', ''), source='import')
 
-# %% ../../nbs/labels/00_store.ipynb #e57aed38
+# %% ../../nbs/labels/00_store.ipynb #8939974b
 class Oracle:
     "Plays a rater from a table of truths."
     def __init__(self,
@@ -718,8 +743,11 @@ class Oracle:
         if not 0 <= error_rate <= 1: raise StoreError(f"The oracle's error rate must lie between 0 and 1, not {error_rate}.")
         if not self.path.is_file():
             raise StoreError(f"{self.path}: no such file; the oracle knows made-up patients only, so name a human rater instead.")
-        try: truth = pl.read_parquet(self.path, columns=['image_id', *store.columns])
-        except (pl.exceptions.PolarsError, OSError) as e:
+        try:
+            data = self.path.read_bytes()  # a table of anybody's; one of ours has a seal, which must fit
+            if (problem := seal_problem(data)).startswith('is damaged'): raise StoreError(f"{self.path} {problem}; make it again.")
+            truth = pl.read_parquet(data, columns=['image_id', *store.columns])
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as e:
             need = ', '.join(('image_id', *store.columns))
             raise StoreError(f"{self.path} must be Parquet with the columns {need} ({str(e).splitlines()[0]}).") from None
         truth = truth.drop_nulls()

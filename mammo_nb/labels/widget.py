@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['has_page', 'render_wide', 'Detail', 'page_files', 'key_actions', 'Station', 'Labeler', 'kind', 'Agreement']
 
-# %% ../../nbs/labels/01_widget.ipynb #e5eb9b97
+# %% ../../nbs/labels/01_widget.ipynb #3839b121
 import base64
 import copy
 import hashlib
@@ -31,7 +31,7 @@ from ..core.engine import has_table
 from ..core.settings import MammoError, Settings
 from ..dicom.display import display_lut, render
 from ..dicom.read import Source
-from .store import Event, EventError, LabelStore, StoreError, label_text, marked, now_utc
+from .store import Event, EventError, LabelStore, StoreError, label_text, marked
 
 # %% ../../nbs/labels/01_widget.ipynb #bff4a742
 def has_page(
@@ -271,7 +271,7 @@ def queue_ids(self:Labeler,
         ids = sorted(ids, key=lambda i: first[self._images[i][4]])
     return ids
 
-# %% ../../nbs/labels/01_widget.ipynb #2bc2da20
+# %% ../../nbs/labels/01_widget.ipynb #6fa61835
 @patch
 def _state(self:Labeler, queue):
     store, rater, ids = self.store, self.rater, self.queue_ids(queue)
@@ -286,7 +286,7 @@ def _state(self:Labeler, queue):
     return dict(queue=queue, queues=self._menu(queue), ids=ids, views=[self._images[i][2] for i in ids],
                 studies=[(ordinal[self._images[i][4]], *self._place[i]) for i in ids], history=history, outside=outside,
                 mine={i: said[i] for i in ids if i in said and i not in again}, blind=queue == 'hold_out', holder=store.lease(rater),
-                time=now_utc(), last=last[0].time if last else None)
+                time=store.now(), last=last[0].time if last else None)
 
 def kind(label) -> str:
     "The class a label counts towards: 'none', 'biopsy', 'biopsy+mag', 'skip'."

@@ -6,7 +6,7 @@
 __all__ = ['STRATEGIES', 'COLD_STARTS', 'pool_frame', 'uncertainty', 'margin', 'Batch', 'check_strategies', 'next_batch',
            'random_queue', 'label_errors', 'stopping_advice', 'stopping_rounds']
 
-# %% ../../nbs/learn/02_acquire.ipynb #3a289ec3
+# %% ../../nbs/learn/02_acquire.ipynb #f0c508d2
 import json
 import warnings
 from pathlib import Path
@@ -16,6 +16,7 @@ import polars as pl
 
 from ..cohort.splits import check_split
 from ..core.settings import MammoError
+from .bundle import bundle_table, read_bundle_json
 from .embed import Squeeze
 
 # %% ../../nbs/learn/02_acquire.ipynb #f5bccf49
@@ -330,7 +331,7 @@ def stopping_advice(
     else: text = f'The models still change their minds (kappa {kappa[-1]:.2f} between the last two); {cost}. Go on.'
     return dict(stop=bool(stop), kappa=kappa, gain=gain, minutes=minutes, sentence=text)
 
-# %% ../../nbs/learn/02_acquire.ipynb #af751987
+# %% ../../nbs/learn/02_acquire.ipynb #b14deef3
 def stopping_rounds(
     cohort_dir: str | Path,  # outputs/<cohort>
     settings,  # the study
@@ -338,8 +339,8 @@ def stopping_rounds(
     "What the trained rounds say; rounds of other findings, or damaged ones, are passed over. Hold-out rows are not looked at."
     cols, out = [f'prob_{n}' for n in settings.names], []
     for p in sorted((p for p in Path(cohort_dir).glob('rounds/[0-9]*') if p.name.isdigit()), key=lambda p: int(p.name)):
-        try: info, pool, seen = json.loads((p/'bundle.json').read_text()), *(pl.read_parquet(p/f'{n}.parquet') for n in ('pool', 'labelled'))
-        except (OSError, ValueError, pl.exceptions.PolarsError): continue
+        try: info, pool, seen = read_bundle_json(p), bundle_table(p, 'pool'), bundle_table(p, 'labelled')
+        except MammoError: continue
         if not {*cols, *settings.columns} <= {*pool.columns, *seen.columns}: continue
         v = seen.filter(pl.col('split') == 'valid')
         y, yes = v.select(settings.columns).to_numpy(), v.select(cols).to_numpy() >= np.array([f.threshold for f in settings.findings])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AT_ONCE', 'group_inputs', 'answers', 'groups_of', 'group_size', 'answered']
 
-# %% ../../nbs/learn/13_answers.ipynb #95bd32c1
+# %% ../../nbs/learn/13_answers.ipynb #991d35a6
 import functools
 import itertools
 import os
@@ -14,37 +14,35 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from ..cohort.files import source_path
+from ..cohort.files import CHANGED, SEEN_AS, changed_since, source_path
 from ..core.engine import Progress, map_files, next_file, plain_reason
 from ..core.settings import MammoError
 from ..dicom.display import render_input
-from ..dicom.read import Source
+from ..dicom.read import ReadError, Source, open_plain
 from .bundle import Bundle
 from ..metrics.shift import intensity_features
 
-# %% ../../nbs/learn/13_answers.ipynb #ef03440a
+# %% ../../nbs/learn/13_answers.ipynb #7e723d41
 def _read_ahead(file, most=1 << 25):
     "Asks the system to read a file's beginning in the background; a no-op where it cannot"
-    try: fd = os.open(file, os.O_RDONLY)
-    except OSError: return
-    try: os.posix_fadvise(fd, 0, most, os.POSIX_FADV_WILLNEED)
-    except (OSError, AttributeError): pass
-    finally: os.close(fd)
+    try:
+        with open_plain(file) as f: os.posix_fadvise(f.fileno(), 0, most, os.POSIX_FADV_WILLNEED)
+    except (OSError, ValueError, AttributeError, ReadError): pass
 
 def _one_file(rows, file, size, thumbnail_size, settings):
     "The images of one file: `{image_id: uint8 [size, size] or the reason}`"
     e, out = settings.engine, {}
     next_file()
     try:
-        with Source(file, e.max_inflated_bytes) as src:
-            for image_id, _, frame in rows:
+        with Source(file, e.max_inflated_bytes, e.max_depth) as src:
+            for image_id, _, frame, *_ in rows:
                 try: out[image_id] = render_input(src, size, thumbnail_size, frame, e.max_pixels, e.max_inflated_bytes)
                 except Exception as err: out[image_id] = plain_reason(err)
     except Exception as err: out |= {r[0]: plain_reason(err) for r in rows if r[0] not in out}
-    return out
+    return {r[0]: CHANGED for r in rows} if changed_since(file, rows[0][3:]) else out  # looked at last, so that a change while it is read counts too
 
 def group_inputs(
-    rows: list[tuple[str, str, int]],  # (image_id, path, frame) of one group
+    rows: list[tuple],  # (image_id, path, frame) of one group, and where known (bytes, mtime_ns, ctime_ns) of the file as it was scanned
     dicom_dir: str | Path,  # the cohort's root
     size: int,  # model input, pixels
     thumbnail_size: int,  # the thumbnails' long edge in the model's training
@@ -85,7 +83,7 @@ def _group_answers(rows, model, **kwargs):
     x, reasons = group_inputs(rows, **kwargs)
     return answers(_session(*model), x), reasons
 
-# %% ../../nbs/learn/13_answers.ipynb #229c5248
+# %% ../../nbs/learn/13_answers.ipynb #1522b49f
 class groups_of:
     "The cohort in fixed groups of (image_id, path, frame), in the manifest's order; made as they are asked for."
     def __init__(self,
@@ -93,7 +91,8 @@ class groups_of:
         n: int,  # images per group
         done: pl.DataFrame | None = None,  # groups whose image_ids are all in here are left out
     ):
-        ok = manifest.filter(pl.col('status') == 'ok').select('image_id', 'path', pl.col('frame').fill_null(0))
+        seen = SEEN_AS[1:] if set(SEEN_AS) <= set(manifest.columns) else ()
+        ok = manifest.filter(pl.col('status') == 'ok').select('image_id', 'path', pl.col('frame').fill_null(0), *seen)
         self.n, group = n, pl.int_range(pl.len()) // n
         if done is not None:
             lack = ~pl.col('image_id').is_in(done['image_id'].implode())
@@ -116,7 +115,7 @@ def _one_by_one(work, group, size, client, limit):
     x = np.stack([np.zeros((size, size), np.uint8) if got[r][1] else got[r][0][0][0] for r in group])
     return x, [got[r][1] or got[r][0][1][0] for r in group]
 
-# %% ../../nbs/learn/13_answers.ipynb #f1a48e18
+# %% ../../nbs/learn/13_answers.ipynb #84e071d3
 def answered(
     groups,  # from `groups_of`
     model: Bundle,
@@ -133,7 +132,7 @@ def answered(
     work = read
     if spread: work = functools.partial(_group_answers, model=(str(Path(model.path).resolve()), model.precision, model.sha256), **read.keywords)
     with Progress(desc or 'Reading', groups.images) as progress:
-        for group, out, error in map_files(work, groups, client, chunk=1, timeout=limit):
+        for group, out, error in map_files(work, groups, client, chunk=1, timeout=limit, again=False):
             x, reasons = out or _one_by_one(read, group, model.size, client, limit)
             progress.update(len(group))
             yield group, x if spread and out else answers(model, x), reasons

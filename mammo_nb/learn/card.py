@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['data_counts', 'worst_errors', 'error_sheet', 'model_card']
 
-# %% ../../nbs/learn/09_card.ipynb #bcf14437
+# %% ../../nbs/learn/09_card.ipynb #62ad77d5
+import re
+
 import polars as pl
 
 from ..cohort.thumbs import Thumbnails, contact_sheet
@@ -54,10 +56,14 @@ def error_sheet(
     captions = [f"{f}\nlabel {'yes' if y else 'no'}, model {p:.2f}" for f, y, p in errors.select('finding', 'label', 'prob').iter_rows()]
     return contact_sheet((thumbs, errors['image_id'].to_list()), captions, ncols=6)
 
-# %% ../../nbs/learn/09_card.ipynb #a1d48e7f
+# %% ../../nbs/learn/09_card.ipynb #be07da2d
 def _val(s): return '–' if not s or s.get('value') is None else f"{s['value']:.3f} ({s['low']:.3f}–{s['high']:.3f})"
 
-def _table(head, rows): return ['| ' + ' | '.join(head) + ' |', '|' + ' --- |'*len(head), *('| ' + ' | '.join(map(str, r)) + ' |' for r in rows), '']
+def _cell(x): return re.sub(r'([\\|\[\]`*<>])', r'\\\1', ' '.join(str(x).split()))  # a vendor's name comes from a header and may look like markup
+
+def _table(head, rows):
+    line = lambda r: '| ' + ' | '.join(map(_cell, r)) + ' |'
+    return [line(head), '|' + ' --- |'*len(head), *map(line, rows), '']
 
 _made_up = ('Trained on made-up images (phantoms) of the demo. Its figures say nothing about patients, and it must not be used on any.')
 
@@ -74,6 +80,7 @@ def _data(info):
     rows = [(s.replace('_', '-'), n[s], *(pos.get(s, {}).get(f, '–') for f in info['findings'])) for s in splits]
     out = ['## Data and labels', '', f"Cohort {info['cohort']}, round {info['round']}, label snapshot `{info['label_snapshot']}`. Patients, not images, were split.", '',
            *_table(('split', 'labelled images', *info['titles']), rows)]
+    if info.get('weak'): out += [f"{info['weak']} more training images were labelled by their headers alone; no score here is measured against a header.", '']
     for what, title in dict(site='site (pseudonym)', manufacturer='vendor', view='view', rater='rater').items():
         counts = info.get('data', {}).get(what)
         if counts: out += _table((title, *(s.replace('_', '-') for s in splits)), [(k, *(v.get(s, 0) for s in splits)) for k, v in counts.items()])

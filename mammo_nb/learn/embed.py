@@ -6,7 +6,7 @@
 __all__ = ['PLAIN_VERSION', 'plain_features', 'Encoder', 'bundle_encoder', 'imagenet_encoder', 'plain_encoder', 'find_encoder',
            'embeddings', 'Squeeze', 'LightHead', 'out_of_sample']
 
-# %% ../../nbs/learn/05_embed.ipynb #1b33b6b1
+# %% ../../nbs/learn/05_embed.ipynb #fffc3844
 import importlib.util
 import os
 import re
@@ -21,10 +21,10 @@ import polars as pl
 
 from ..cohort.manifest import read_manifest
 from ..cohort.thumbs import Thumbnails
-from ..core.engine import Progress, write_parquet
+from ..core.engine import Progress, TableError, read_table, write_parquet
 from ..core.settings import MammoError
 from ..dicom.display import PREPROCESSING_VERSION, model_input
-from .bundle import Bundle, current_number, current_round
+from .bundle import Bundle, current_number, current_round, open_model
 
 # %% ../../nbs/learn/05_embed.ipynb #cab6a3a9
 PLAIN_VERSION = 1
@@ -76,14 +76,14 @@ class Encoder:
         "float32 [N, D]"
         return np.concatenate([np.asarray(self.run(images[i:i+batch]), np.float32) for i in range(0, len(images), batch)])
 
-# %% ../../nbs/learn/05_embed.ipynb #d0b9ad3d
+# %% ../../nbs/learn/05_embed.ipynb #175c19c0
 def bundle_encoder(
     path: str | Path,  # a bundle's folder or .onnx file
     threads: int = 0,  # 0: as many as cores
 ) -> Encoder:
     "The body of a trained model. Raises `MammoError` as `Bundle.load` does, and where the network has no last linear layer."
     b = Bundle.load(path, provider='cpu', threads=threads)
-    model = onnx.load(Path(path)/'model.onnx' if Path(path).is_dir() else path)
+    model = open_model(Path(path)/'model.onnx' if Path(path).is_dir() else Path(path), b.info)[0]
     name = _before_last(model)
     if not name: raise MammoError(f"{path}: its network does not end in a linear layer, so it gives no embeddings; use encoder = plain.")
     model.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
@@ -149,11 +149,11 @@ def find_encoder(
     if not Path(encoder).exists(): raise MammoError(f"encoder = {encoder}: use auto, round, imagenet, plain or the folder of a bundle.")
     return bundle_encoder(encoder)
 
-# %% ../../nbs/learn/05_embed.ipynb #5cd23091
+# %% ../../nbs/learn/05_embed.ipynb #d87ea0f4
 def _load(path, size):
     "a cache file as (ids, X); nothing where there is none or it was made by another preprocessing"
-    try: df = pl.read_parquet(path)
-    except (OSError, pl.exceptions.PolarsError): return [], None
+    try: df = read_table(path)
+    except TableError: return [], None
     return df['image_id'].to_list(), df['embedding'].to_numpy() if df.height else None
 
 def _save(path, ids, X, settings, e):
@@ -216,7 +216,7 @@ class Squeeze:
     def _z(self, X): return np.clip((np.asarray(X, np.float64)-self.mean)/self.std, -6, 6)
     def __call__(self, X): return self._z(X)@self.turn  # float64 [N, dims], of length 8 on average
 
-# %% ../../nbs/learn/05_embed.ipynb #66db3510
+# %% ../../nbs/learn/05_embed.ipynb #a3e94fed
 class LightHead:
     "Logistic regression per finding."
     def __init__(self,
@@ -226,18 +226,20 @@ class LightHead:
     def fit(self,
         X: np.ndarray,  # [N, D]
         Y: np.ndarray,  # [N, F], 0, 1 or NaN
+        weights: np.ndarray | None = None,  # [N, F], what each answer counts; None: 1
     ):
         "Newton's method, the steps kept short."
         A = np.c_[X, np.ones(len(X))]
         R = np.diag(np.r_[np.full(X.shape[1], self.l2), .01])
-        self.W = np.stack([self._newton(A[k], Y[k, f], R) if (k := ~np.isnan(Y[:, f])).any() else np.zeros(A.shape[1]) for f in range(Y.shape[1])], 1)
+        w = np.ones(Y.shape) if weights is None else weights
+        self.W = np.stack([self._newton(A[k], Y[k, f], R, w[k, f]) if (k := ~np.isnan(Y[:, f]) & (w[:, f] > 0)).any() else np.zeros(A.shape[1]) for f in range(Y.shape[1])], 1)
         return self
 
-    def _newton(self, A, y, R):
+    def _newton(self, A, y, R, w):
         b = np.zeros(A.shape[1])
         for _ in range(25):
             p = _sigmoid(A@b)
-            step = np.linalg.solve((A*(p*(1-p))[:, None]).T@A + R, A.T@(p-y) + R@b)
+            step = np.linalg.solve((A*(w*p*(1-p))[:, None]).T@A + R, A.T@(w*(p-y)) + R@b)
             b -= step*min(1, 5/max(1e-9, np.abs(step).max()))
             if np.abs(step).max() < 1e-3: break
         return b

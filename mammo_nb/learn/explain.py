@@ -11,7 +11,7 @@ import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/04_explain.ipynb #791bdfca
+# %% ../../nbs/learn/04_explain.ipynb #d0017603
 import copy
 import threading
 from pathlib import Path
@@ -25,10 +25,11 @@ from fastcore.basics import patch
 from torch import nn
 
 from ..cohort.thumbs import contact_sheet
+from ..dicom.text import find_text, hide_text
 from ..core.settings import MammoError
 from ..dicom.display import fit, model_input
 from ..dicom.phantom import phantom_image
-from .bundle import Bundle, load_weights_safely
+from .bundle import Bundle, bundle_file, load_weights_safely
 from .rounds import make_model
 from ..metrics.scores import bootstrap_ci
 
@@ -150,7 +151,7 @@ def _index(self:Explainer, name):
     if name in self.names: return self.names.index(name)
     raise MammoError(f"'{name}' is no finding of this model; it knows {', '.join(self.names)}.")
 
-# %% ../../nbs/learn/04_explain.ipynb #b2e2e839
+# %% ../../nbs/learn/04_explain.ipynb #8c0e87bb
 def _pictures():
     "four small made-up mammograms"
     kinds = [dict(), dict(tool='needle'), dict(magnification=True), dict(tool='clip', magnification=True)]
@@ -164,8 +165,8 @@ def load(
     "Opens a bundle for explanation. Raises `MammoError` where it lacks its weights, or where they are not those of its model.onnx."
     folder = Path(folder)
     bundle = Bundle.load(folder, provider='cpu', threads=1)
-    meta, file = bundle.meta, folder/'weights.safetensors'
-    if not folder.is_dir() or not file.is_file(): raise MammoError(f"{file}: no such file; pass the whole folder of a training round (rounds/NNN).")
+    if not folder.is_dir() or not (folder/'weights.safetensors').is_file(): raise MammoError(f"{folder/'weights.safetensors'}: no such file; pass the whole folder of a training round (rounds/NNN).")
+    meta, file = bundle.meta, bundle_file(folder, 'weights.safetensors')
     if 'arch' not in meta: raise MammoError(f"{folder}: its metadata does not name the network, so it cannot be rebuilt; train the round again.")
     model = make_model(meta['arch'], len(bundle.names) + (meta['head'] == 'softmax'), bundle.size, meta.get('shrink', 0))
     try: model.load_state_dict(load_weights_safely(file))
@@ -223,7 +224,7 @@ def overlay(self:Explainer,
     "The image with one finding's map over it."
     return tinted(np.asarray(img8), self._shown(img8, finding, fade), alpha)
 
-# %% ../../nbs/learn/04_explain.ipynb #4a775125
+# %% ../../nbs/learn/04_explain.ipynb #ee91cabd
 def cam_sheet(
     explainer: Explainer,
     images,  # uint8 [H, W] each
@@ -240,7 +241,7 @@ def cam_sheet(
         cells += part + gap
         captions += [' '.join(f'{n} {p:.2f}' for n, p in zip(explainer.names, explainer.prob(a))) for a in part] + ['' for _ in gap]
         for n in names:
-            cells += [_boxed(explainer.overlay(a, n, fade=fade), b) for a, b in zip(part, boxes[i:i+ncols])] + gap
+            cells += [_boxed(hide_text(explainer.overlay(a, n, fade=fade), find_text(a)), b) for a, b in zip(part, boxes[i:i+ncols])] + gap
             captions += [n for _ in part] + ['' for _ in gap]
     fig = contact_sheet(cells, captions, ncols=ncols)
     fig.coloured = True

@@ -6,7 +6,7 @@
 __all__ = ['SCORES', 'replay_data', 'quick_scores', 'replay_one', 'replay', 'curves', 'areas', 'paired', 'labels_needed',
            'plot_replay']
 
-# %% ../../nbs/learn/06_replay.ipynb #910021a1
+# %% ../../nbs/learn/06_replay.ipynb #a2fc4359
 import functools
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from scipy.stats import rankdata, wilcoxon
 from ..cohort.manifest import read_manifest
 from ..cohort.splits import check_split
 from ..cohort.thumbs import Sheet, Thumbnails
-from ..core.engine import map_files, write_parquet
+from ..core.engine import map_files, read_table, write_parquet
 from ..core.settings import MammoError, load_settings
 from .acquire import COLD_STARTS, STRATEGIES, next_batch
 from .embed import LightHead, Squeeze, embeddings
@@ -40,11 +40,11 @@ def replay_data(
     write_parquet(df, path, settings, encoder=str(encoder))
     return df
 
-# %% ../../nbs/learn/06_replay.ipynb #79f1d8a8
+# %% ../../nbs/learn/06_replay.ipynb #5cace36e
 class _Data:
     "a replay's file, squeezed: queries see `pool`, scores see `test`"
     def __init__(self, path, settings):
-        df = pl.read_parquet(path).sort('image_id')
+        df = read_table(path).sort('image_id')
         self.rows, self.held = df.filter(pl.col('split') == 'train'), df.filter(pl.col('split') == 'hold_out')
         check_split(self.rows, ('train',), 'a replay')
         for what, d in (('training', self.rows), ('hold-out', self.held)):

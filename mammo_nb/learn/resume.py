@@ -10,7 +10,7 @@ import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/10_resume.ipynb #cc0ef805
+# %% ../../nbs/learn/10_resume.ipynb #efed90ed
 import hashlib
 import json
 import shutil
@@ -22,9 +22,9 @@ import polars as pl
 import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
-from ..core.engine import atomic_path, write_json, write_parquet
+from ..core.engine import atomic_path, new_seal, put_seal, read_table, seal_problem, write_json, write_parquet
 from ..core.settings import MammoError
 from .data import TrainView
 
@@ -67,7 +67,7 @@ def _set_opt_state(opt, tensors, plain):
         state[int(i)][name] = torch.empty_like(p, requires_grad=False).copy_(v) if v.shape == p.shape else v.to(p.device)
     opt.load_state_dict(dict(state=state, hypers=opt.hypers))
 
-# %% ../../nbs/learn/10_resume.ipynb #024aaef4
+# %% ../../nbs/learn/10_resume.ipynb #a59bf9d9
 class Keep(Callback):
     "Keeps a training in `folder` and, where that holds one, goes on from it."
     order = 90   # after everything that sets up a training
@@ -81,6 +81,7 @@ class Keep(Callback):
 
     def _read(self):
         try:
+            if seal_problem(self.file.read_bytes()): return  # from the beginning then, with the same labels
             with safe_open(self.file, 'pt') as f:
                 self.facts = json.loads(f.metadata()['facts'])
                 self.tensors = {k: f.get_tensor(k) for k in f.keys()}
@@ -100,7 +101,7 @@ class Keep(Callback):
         if self.learn.epoch + 1 < self.learn.n_epoch and time.monotonic() - self.last < self.every: return
         self.save(self.learn.epoch + 1)
 
-# %% ../../nbs/learn/10_resume.ipynb #34071788
+# %% ../../nbs/learn/10_resume.ipynb #5b86948b
 @patch
 def save(self:Keep,
     epoch: int,  # epochs done
@@ -113,11 +114,12 @@ def save(self:Keep,
     facts |= dict(epoch=epoch, opt=plain, losses=self.losses(), scaler=amp.scaler.state_dict() if amp and amp.scaler else None) | self.extra
     try:
         with atomic_path(self.file) as tmp:
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, tmp, metadata=dict(facts=json.dumps(facts)))
-    except (MammoError, SafetensorError): self.file = None   # no room for it: the training itself goes on
+            tmp.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, metadata={'facts': json.dumps(facts), 'mammo_nb.seal': (blank := new_seal())}))
+            put_seal(tmp, blank)
+    except MammoError: self.file = None   # no room for it: the training itself goes on
     self.last = time.monotonic()
 
-# %% ../../nbs/learn/10_resume.ipynb #8ada614f
+# %% ../../nbs/learn/10_resume.ipynb #cc554de1
 _free = {'queue_size', 'random_share', 'strategy', 'cold_start', 'mlflow'}
 
 def plan_key(
@@ -127,6 +129,7 @@ def plan_key(
     "Two starts with the same key train the same network on the same labels."
     d = settings.model_dump(mode='json', include={'study', 'findings', 'image', 'train'})
     d['train'] = {k: v for k, v in d['train'].items() if k not in _free}
+    if settings.headers.train: d['headers'] = settings.headers.model_dump(mode='json')
     return hashlib.sha256(json.dumps(d | facts, sort_keys=True).encode()).hexdigest()[:16]
 
 def _same_answers(old, new, columns):
@@ -136,35 +139,54 @@ def _same_answers(old, new, columns):
     b = new.select(cols).with_columns(pl.col(columns).fill_nan(None))
     return a.join(b, on=cols, how='semi', nulls_equal=True).height == a.height
 
-# %% ../../nbs/learn/10_resume.ipynb #0ee5bd94
+# %% ../../nbs/learn/10_resume.ipynb #ef3bf6f4
 class Work:
     "The folder of a round in the making: plan, labels, checkpoint."
     def __init__(self, rounds): self.folder = Path(rounds)/'.work'
     def drop(self): shutil.rmtree(self.folder, ignore_errors=True)
 
+    def shown(self):
+        "Drops the plan of a round that is there; one that was interrupted stays."
+        try: number = json.loads((self.folder/'plan.json').read_text())['number']
+        except (OSError, ValueError, KeyError): return
+        if (self.folder.parent/f'{number:03d}'/'bundle.json').is_file(): self.drop()
+
     def _left(self, number, key, frame, columns, fresh):
         "what an interrupted round left, or None and why"
-        try: plan, old = json.loads((self.folder/'plan.json').read_text()), pl.read_parquet(self.folder/'labels.parquet')
-        except (OSError, ValueError, pl.exceptions.PolarsError): return None, ''
+        try: plan, old = json.loads((self.folder/'plan.json').read_text()), read_table(self.folder/'labels.parquet')
+        except (OSError, ValueError, MammoError): return None, ''
         if plan.get('number') != number or 'known' not in plan or not (self.folder/'training.safetensors').exists(): return None, ''
         if fresh: return None, 'An interrupted round was dropped.'
         if plan['key'] != key: return None, 'An interrupted round was dropped, because settings of the training have changed since.'
         if not _same_answers(old, frame, columns): return None, 'An interrupted round was dropped, because some of its labels have changed since.'
         return plan | dict(frame=old), ''
 
-    def begin(self,
-        number: int, key: str,  # of the round
+    def finished(self,
+        number: int, key: str,  # of the newest round there is
         frame: pl.DataFrame,  # the labels as they stand
-        known: dict,  # what is recorded about them: hash, time …
-        columns, settings, fresh=False,
-    ):  # (frame, what is known about it, sentences): those to train on
-        "Takes up an interrupted round, or makes the folder for a new one."
-        left, why = self._left(number, key, frame, columns, fresh)
-        if left:
-            more = frame.height - left['frame'].height
-            later = f' {more} labels given since are left for the next round.' if more else ''
-            return left['frame'], left['known'], [f'Going on with round {number}, which was interrupted.{later}']
-        self.drop()
-        write_parquet(frame, self.folder/'labels.parquet', settings)
-        write_json(self.folder/'plan.json', dict(number=number, key=key, known=known))
-        return frame, known, [why] if why else []
+        columns,
+    ) -> bool:
+        "Was this round made of the same labels and settings, by a run that was killed before its end?"
+        try: plan, old = json.loads((self.folder/'plan.json').read_text()), read_table(self.folder/'labels.parquet')
+        except (OSError, ValueError, MammoError): return False
+        same = (plan.get('number'), plan.get('key')) == (number, key) and old.height == frame.height
+        return same and _same_answers(old, frame, columns) and (self.folder.parent/f'{number:03d}'/'bundle.json').is_file()
+
+# %% ../../nbs/learn/10_resume.ipynb #380f6a49
+@patch
+def begin(self:Work,
+    number: int, key: str,  # of the round
+    frame: pl.DataFrame,  # the labels as they stand
+    known: dict,  # what is recorded about them: hash, time …
+    columns, settings, fresh=False,
+):  # (frame, what is known about it, sentences): those to train on
+    "Takes up an interrupted round, or makes the folder for a new one."
+    left, why = self._left(number, key, frame, columns, fresh)
+    if left:
+        more = frame.height - left['frame'].height
+        later = f' {more} labels given since are left for the next round.' if more else ''
+        return left['frame'], left['known'], [f'Going on with round {number}, which was interrupted.{later}']
+    self.drop()
+    write_parquet(frame, self.folder/'labels.parquet', settings)
+    write_json(self.folder/'plan.json', dict(number=number, key=key, known=known))
+    return frame, known, [why] if why else []

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['MEAN', 'STD', 'IMAGENET', 'Detail', 'make_model', 'find_weights', 'MemoryLRFinder', 'find_lr', 'CpuBf16', 'fast_bf16',
            'make_learner', 'n_epochs', 'fit', 'logits_of', 'probs_of', 'history', 'plot_learning_curve',
-           'plot_confusion', 'seen_rows', 'sampling_of', 'fair_labels', 'train_round', 'calibration_rows']
+           'plot_confusion', 'seen_rows', 'sampling_of', 'fair_labels', 'train_round', 'round_shown',
+           'calibration_rows']
 
 # %% ../../nbs/learn/01_rounds.ipynb #6f281d76
 import os
 
 os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
-# %% ../../nbs/learn/01_rounds.ipynb #6d874867
+# %% ../../nbs/learn/01_rounds.ipynb #06bf285b
 import contextlib
 import copy
 import hashlib
 import json
 import math
 import re
-import shutil
 import threading
 import time
 import urllib.request
@@ -37,16 +37,18 @@ from torch.nn import functional as F
 from ..cohort.manifest import read_manifest
 from ..cohort.splits import check_split
 from ..cohort.thumbs import Sheet, Thumbnails
-from ..core.engine import Progress, atomic_path, write_parquet
+from ..core.engine import Progress, atomic_path, make_folder, read_table, sweep, write_parquet
 from ..core.settings import MammoError
 from ..labels.store import LabelStore, now_utc
 from .acquire import pool_frame
-from .background import round_lock
-from .bundle import Bundle, bundle_meta, export_bundle, int8_check, load_weights_safely, write_bundle_json
+from .background import round_lock, try_lock
+from .bundle import Bundle, bundle_meta, export_bundle, int8_check, load_weights_safely, read_bundle_json, write_bundle_json
 from .card import data_counts, error_sheet, model_card, worst_errors
 from .data import input_batch, labelled_frame, make_dls, make_loss, n_outputs
+from .header_model import write_header_model
 from .resume import Keep, Work, plan_key
 from .tracking import log_round
+from .weak import learn_from_headers, people_rows
 from ..metrics.compare import subgroups
 from ..metrics.scores import plot_calibration, score_report
 from ..metrics.shift import intensity_features, shift_reference
@@ -392,15 +394,15 @@ def probs_of(
     z = np.asarray(z, float)/temperature
     return softmax(z, axis=1)[:, 1:] if head == 'softmax' else expit(z)
 
-# %% ../../nbs/learn/01_rounds.ipynb #15e8d311
+# %% ../../nbs/learn/01_rounds.ipynb #08e8d6c8
 def history(
     cohort_dir: str | Path,  # outputs/<cohort>
 ) -> list[dict]:  # the `bundle.json` of every round, oldest first
     "What earlier rounds recorded; a damaged one is passed over."
     out = []
     for p in sorted(Path(cohort_dir).glob('rounds/[0-9]*/bundle.json'), key=lambda p: int(p.parent.name)):
-        try: out.append(json.loads(p.read_text()))
-        except ValueError: pass
+        try: out.append(read_bundle_json(p.parent))
+        except MammoError: pass
     return out
 
 def plot_learning_curve(
@@ -467,13 +469,8 @@ def _probs(bundle, thumbs, frame, names):
     p = np.concatenate(parts) if parts else np.zeros((0, len(names)), np.float32)
     return frame.with_columns(pl.Series(f'prob_{n}', p[:, k], dtype=pl.Float32) for k, n in enumerate(names))
 
-# %% ../../nbs/learn/01_rounds.ipynb #430250fe
+# %% ../../nbs/learn/01_rounds.ipynb #c4d29ff7
 def _next_number(rounds): return 1+max([int(p.name) for p in rounds.glob('[0-9]*') if p.name.isdigit()], default=0)
-
-def _sweep(rounds, hours=24):
-    "clears away folders that killed rounds have left; young ones may belong to a round that is running"
-    for p in rounds.glob('.*.tmp'):
-        if time.time() - p.stat().st_mtime > 3600*hours: shutil.rmtree(p, ignore_errors=True)
 
 def _train(frame, thumbs, settings, epochs, seed, keep=None, note=None):
     "`(model on the CPU, mean, std, facts)`"
@@ -503,7 +500,7 @@ def seen_rows(
     if n: raise MammoError(f"training was handed {n} images of hold-out patients; no result was written. Make the manifest again.")
     return seen.drop('frozen')
 
-# %% ../../nbs/learn/01_rounds.ipynb #dceb18d1
+# %% ../../nbs/learn/01_rounds.ipynb #f1dbc09c
 def sampling_of(
     store: LabelStore,
     frame: pl.DataFrame,  # from `labelled_frame`
@@ -511,7 +508,7 @@ def sampling_of(
 ) -> dict:  # {split: 'all' | 'random' | 'chosen' | 'mixed' | 'none'}
     "How the labelled images of each split were come by: the hold-out's are unbiased when it says all or random."
     first = {}
-    for i, q in store._all("SELECT image_id, queue FROM events WHERE label NOT IN ('skip', 'undo') ORDER BY time, client, seq"): first.setdefault(i,
+    for i, q in store._all("SELECT image_id, queue FROM events WHERE label NOT IN ('skip', 'undo') AND source <> 'header' ORDER BY time, client, seq"): first.setdefault(i,
         q or '')
     good = manifest.filter(pl.col('status') == 'ok').unique('image_id')
     def how(split):
@@ -526,16 +523,17 @@ def _biased(how):
     return ['Not all hold-out labels were asked for by the random queue (import, review or another queue), so the hold-out scores may be biased; '
             'label the queue hold_out to its end.']
 
-# %% ../../nbs/learn/01_rounds.ipynb #aca45ee7
+# %% ../../nbs/learn/01_rounds.ipynb #fb00977e
 def fair_labels(
     store: LabelStore,
     manifest: pl.DataFrame,  # of the same cohort: image_id, split
 ) -> pl.DataFrame:  # as `store.labels()`
-    "All labels of training images, the blind ones of the others."
+    "All labels people gave training images, the blind ones of the others; what headers say comes in by `learn_from_headers`."
     learn = manifest.filter(split='train').select('image_id')
-    return pl.concat([store.labels().join(learn, on='image_id', how='semi'), store.labels(blind=True).join(learn, on='image_id', how='anti')])
+    said = store.labels(headers=False).join(learn, on='image_id', how='semi')
+    return pl.concat([said, store.labels(blind=True, headers=False).join(learn, on='image_id', how='anti')])
 
-# %% ../../nbs/learn/01_rounds.ipynb #fb047d6f
+# %% ../../nbs/learn/01_rounds.ipynb #563faaa6
 def train_round(
     cohort_dir: str | Path,  # outputs/<cohort>
     settings,  # the study
@@ -545,6 +543,7 @@ def train_round(
     tell=print,  # called with sentences worth knowing
     fresh: bool = False,  # drop an interrupted round instead of going on with it
     note=None,  # from `round_lock`, where the caller holds it already
+    shown: bool = True,  # False: the caller says by `round_shown` that its run has come to an end; one that is killed before gets this round again
 ) -> Path:  # the bundle's folder, rounds/NNN
     """Trains on the labels there are and writes a bundle, whole or not at all.
 
@@ -553,44 +552,65 @@ def train_round(
     Raises `MammoError` without a cohort or labels, for unknown networks, full disks, leaks, and while another round is running."""
     d, seed = Path(cohort_dir), settings.study.seed if seed is None else seed
     manifest = read_manifest(d)
-    if not (d/'labels.sqlite').exists(): raise MammoError(_no_labels(d.name))
+    if not (d/'labels.sqlite').exists() and not settings.headers.train: raise MammoError(_no_labels(d.name))
     with LabelStore(d/'labels.sqlite', settings) as store:
+        store.check()
+        if settings.headers.train: store.sync_images(manifest)
         since, frame, skipped = now_utc(), labelled_frame(manifest, fair_labels(store, manifest), settings), store.queue('skipped')
-        known = dict(label_snapshot=store.snapshot_hash(), labels_utc=since, sampling=sampling_of(store, frame, manifest), data=data_counts(frame, store.labels()))
-    warn = _check_labels(frame, settings, d) + _biased(known['sampling'])
-    (d/'rounds').mkdir(exist_ok=True)
+        known = dict(label_snapshot=store.snapshot_hash(), labels_utc=since, queues=store.queue_version(), sampling=sampling_of(store, frame, manifest))
+        frame, said = learn_from_headers(store, manifest, frame, settings)
+        known |= dict(label_snapshot=store.snapshot_hash(), data=data_counts(people_rows(frame), store.labels(headers=False)), weak=frame.height-people_rows(frame).height)
+    warn = said + _check_labels(frame, settings, d) + _biased(known['sampling'])
+    make_folder(d/'rounds')
     with contextlib.nullcontext(note) if note else round_lock(d) as note:
-        job = dict(dir=d, manifest=manifest, frame=frame, known=known, skipped=skipped, seed=seed, epochs=epochs, int8=int8, fresh=fresh)
+        job = dict(dir=d, manifest=manifest, frame=frame, known=known, skipped=skipped, seed=seed, epochs=epochs, int8=int8, fresh=fresh, shown=shown)
         return _round(job, settings, warn, tell, note)
 
-# %% ../../nbs/learn/01_rounds.ipynb #3fc72c9d
+def round_shown(
+    cohort_dir: str | Path,  # outputs/<cohort>
+):
+    "Says that the run which trained the newest round has come to an end; the next one trains another."
+    d = Path(cohort_dir)
+    if not (d/'rounds'/'.work').exists() or not (lock := try_lock(d)): return  # another round is being trained
+    with lock: Work(d/'rounds').shown()
+
+# %% ../../nbs/learn/01_rounds.ipynb #1a14ed6b
 def _round(job, settings, warn, tell, note):
     "a round under its lock"
     d, began = job['dir'], time.monotonic()
-    _sweep(d/'rounds')
-    number = _next_number(d/'rounds')
+    sweep(d/'rounds')
+    number, work = _next_number(d/'rounds'), Work(d/'rounds')
+    key = lambda n: plan_key(settings, number=n, seed=job['seed'], epochs=job['epochs'])
+    if number > 1 and not job['fresh'] and work.finished(number-1, key(number-1), job['frame'], settings.columns): return _again(job, number-1, work, tell, note)
     note(state='starting', round=number)
-    key = plan_key(settings, number=number, seed=job['seed'], epochs=job['epochs'])
-    work = Work(d/'rounds')
-    frame, known, said = work.begin(number, key, job['frame'], job['known'], settings.columns, settings, job['fresh'])
+    frame, known, said = work.begin(number, key(number), job['frame'], job['known'], settings.columns, settings, job['fresh'])
     for s in said: tell(s)
     seen, thumbs = seen_rows(frame, job['manifest']), Thumbnails(d/'thumbnails')
     keep = Keep(work.folder)
     model, mean, std, facts = _train(seen, thumbs, settings, job['epochs'], job['seed'], keep, note)
     facts |= known | dict(train_seconds=round(time.monotonic()-began, 1), seed=job['seed'], resumed=bool(keep.facts))
     if facts['scratch'] and settings.train.pretrained != 'no': warn.insert(0, facts['weights'])
-    pool = pool_frame(job['manifest'], job['frame']['image_id'], job['skipped'])
+    pool = pool_frame(job['manifest'], people_rows(job['frame'])['image_id'], job['skipped'])
+    frame = people_rows(frame)
     for w in warn: tell(w)
     note(state='writing')
     dst = d/'rounds'/f'{number:03d}'
     with atomic_path(dst, folder=True) as tmp:
         info = _write(tmp, d, number, model, mean, std, frame, seen, pool, thumbs, settings, facts, job, warn, began)
         with LabelStore(d/'labels.sqlite', settings) as store:   # before the folder appears: a kill in between is repaired by the next start
-            store.set_predictions(pl.read_parquet(tmp/'pool.parquet').select('image_id', *[f'prob_{n}' for n in settings.names]), info['id'])
-    work.drop()
+            store.set_predictions(read_table(tmp/'pool.parquet').select('image_id', *[f'prob_{n}' for n in settings.names]), info['id'])
+    if job['shown']: work.drop()
     problem = log_round(info, dst, settings, d)
     if problem: tell(problem)
     note(state='done', bundle=info['id'])
+    return dst
+
+def _again(job, number, work, tell, note):
+    "the round that a killed run had finished"
+    dst = job['dir']/'rounds'/f'{number:03d}'
+    tell(f'Round {number} was finished by a run that was ended before it could show it; here it is.')
+    if job['shown']: work.drop()
+    note(state='done', round=number, bundle=read_bundle_json(dst)['id'])
     return dst
 
 # %% ../../nbs/learn/01_rounds.ipynb #2a39bfeb
@@ -642,12 +662,12 @@ def _export(tmp, cohort_dir, number, model, mean, std, seen, thumbs, s, facts, i
     ids = check_split(seen[order.tolist()], what='The export')['image_id'].to_list()
     return meta, export_bundle(model, tmp, meta, input_batch(thumbs, ids, s.image.model_size), int8)
 
-# %% ../../nbs/learn/01_rounds.ipynb #431ba109
+# %% ../../nbs/learn/01_rounds.ipynb #d74bc7c8
 def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs, settings, facts, job, warn, began):
     "everything of a round into the folder `tmp`; gives what `bundle.json` holds"
     s, names = settings, settings.names
     meta, agree = _export(tmp, cohort_dir, number, model, mean, std, seen, thumbs, s, facts, job['int8'])
-    bundle = Bundle.load(tmp, provider='cpu')
+    bundle = Bundle.load(tmp/'model.onnx', provider='cpu')
     labelled, pool = _probs(bundle, thumbs, frame, names), _probs(bundle, thumbs, pool, names)
     write_parquet(labelled, tmp/'labelled.parquet', s, bundle=bundle.id)
     keep = [c for c in _pool_columns if c in pool.columns] + [f'prob_{n}' for n in names]
@@ -657,8 +677,8 @@ def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs,
     if scores: scores['sampling'] = facts['sampling']['hold_out']
     else: warn.append('No hold-out image is labelled, so nothing is known about the accuracy; label the queue hold_out.')
     info = meta | dict(id=bundle.id, labels=_counts(frame, s), pool=pool.height, scores=scores, agreement=agree, warnings=warn, int8=_int8(tmp, held, thumbs, s, meta),
-                       reference=_reference(job['manifest'], labelled, pool, bundle, thumbs))
-    info |= {k: v for k, v in facts.items() if k not in meta}
+                       reference=_reference(job['manifest'], labelled, pool.join(seen, on='image_id', how='anti'), bundle, thumbs))
+    info |= {k: v for k, v in facts.items() if k not in meta} | dict(header_model=write_header_model(tmp, labelled, job['manifest'], s))
     info['subgroups'] = _subgroups(held, s, meta['thresholds'])
     wrong = worst_errors(held, s, meta['thresholds'], splits=('hold_out',))
     info['failures'] = wrong.drop('image_id').to_dicts() if held.height else None
@@ -667,11 +687,11 @@ def _write(tmp, cohort_dir, number, model, mean, std, frame, seen, pool, thumbs,
     (tmp/'MODEL_CARD.md').write_text(model_card(info), encoding='utf-8')
     return write_bundle_json(tmp, info | dict(seconds=round(time.monotonic()-began, 1)))
 
-# %% ../../nbs/learn/01_rounds.ipynb #f5406e55
+# %% ../../nbs/learn/01_rounds.ipynb #668ff5b7
 def _int8(folder, held, thumbs, settings, meta):
     "what int8 would cost on the hold-out; None where it was not exported"
     if not (folder/'model.int8.onnx').exists(): return None
-    again = _probs(Bundle.load(folder, 'int8', provider='cpu'), thumbs, held, settings.names)
+    again = _probs(Bundle.load(folder/'model.int8.onnx', provider='cpu'), thumbs, held, settings.names)
     return int8_check(held, again.select(f'prob_{n}' for n in settings.names).to_numpy(), settings, meta['thresholds'])
 
 def _subgroups(held, settings, thresholds):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bundle_info', 'rollback', 'Comparison', 'paired', 'compare_rounds']
 
-# %% ../../nbs/learn/11_versions.ipynb #8b11943b
+# %% ../../nbs/learn/11_versions.ipynb #57490e8d
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -15,33 +15,32 @@ import polars as pl
 
 from ..cohort.manifest import read_manifest
 from ..cohort.thumbs import Thumbnails
-from ..core.engine import utc_now, write_json
+from ..core.engine import utc_now, write_sealed
 from ..core.settings import MammoError
 from ..dicom.display import model_input
 from ..labels.store import LabelStore
 from .acquire import pool_frame
 from .background import is_running
-from .bundle import Bundle, current_number, current_round, round_folder, round_numbers
+from .bundle import Bundle, bundle_table, current_number, current_round, read_bundle_json, round_folder, round_numbers
 from ..metrics.compare import bootstrap_difference
 from ..metrics.scores import weighted_scores
 
-# %% ../../nbs/learn/11_versions.ipynb #93a2a59c
+# %% ../../nbs/learn/11_versions.ipynb #fa5b390e
 def bundle_info(
     cohort_dir: str | Path,  # outputs/<cohort>
     number: int,  # of the round
 ) -> dict:  # its bundle.json
     "What a round recorded. Raises `MammoError` where there is no such round."
-    try: return json.loads((round_folder(cohort_dir, number)/'bundle.json').read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        have = round_numbers(cohort_dir)
-        raise MammoError(f"Cohort {Path(cohort_dir).name} has no round {number}; it has {', '.join(map(str, have)) or 'none'}.") from None
+    if (folder := round_folder(cohort_dir, number)).joinpath('bundle.json').is_file(): return read_bundle_json(folder)
+    have = round_numbers(cohort_dir)
+    raise MammoError(f"Cohort {Path(cohort_dir).name} has no round {number}; it has {', '.join(map(str, have)) or 'none'}.")
 
-# %% ../../nbs/learn/11_versions.ipynb #0b1a74de
+# %% ../../nbs/learn/11_versions.ipynb #1b278cec
 def _predictions(folder, manifest, labelled, skipped):
     "the round's predictions for all images that may be asked about now"
     bundle, pool = Bundle.load(folder, provider='cpu'), pool_frame(manifest, labelled, skipped)
     cols = ['image_id', *(f'prob_{n}' for n in bundle.names)]
-    had = pl.read_parquet(folder/'pool.parquet').select(cols)
+    had = bundle_table(folder, 'pool').select(cols)
     thumbs = Thumbnails(folder.parents[1]/'thumbnails')
     ids = [i for i in pool['image_id'] if i not in set(had['image_id'])]
     gone, parts = set(thumbs.missing(ids)), [had]
@@ -63,9 +62,9 @@ def rollback(
     bundle_info(d, to_round)
     if is_running(d): raise MammoError(f"Cohort {d.name}: a round is being trained; roll back when it is done.")
     with LabelStore(d/'labels.sqlite', settings) as store:
-        df, model = _predictions(round_folder(d, to_round), read_manifest(d), store.labels()['image_id'], store.queue('skipped'))
+        df, model = _predictions(round_folder(d, to_round), read_manifest(d), store.labels(headers=False)['image_id'], store.queue('skipped'))
         store.set_predictions(df, model)
-    write_json(d/'rounds'/'current.json', dict(round=int(to_round), newest=round_numbers(d)[-1], since_utc=utc_now()))
+    write_sealed(d/'rounds'/'current.json', dict(round=int(to_round), newest=round_numbers(d)[-1], since_utc=utc_now()))
     return round_folder(d, to_round)
 
 # %% ../../nbs/learn/11_versions.ipynb #2b508ccb
@@ -90,10 +89,10 @@ def paired(
     F = pl.Float64
     return pl.DataFrame(rows, schema=dict(score=pl.String, a=F, b=F, difference=F, low=F, high=F))
 
-# %% ../../nbs/learn/11_versions.ipynb #9cf2cf66
+# %% ../../nbs/learn/11_versions.ipynb #b8e70cea
 def _held(folder, info):
     cols = ['image_id', 'patient_id', 'study_id', 'view', *info['columns'], *(f'prob_{n}' for n in info['findings'])]
-    d = pl.read_parquet(folder/'labelled.parquet')
+    d = bundle_table(folder, 'labelled')
     return d.filter(pl.col('split') == 'hold_out').select([c for c in cols if c in d.columns])
 
 def compare_rounds(

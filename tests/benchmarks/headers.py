@@ -155,7 +155,7 @@ def _one_process(folder, n):
     from mammo_nb.cohort.facts import _beginning, _cache, read_many
     from mammo_nb.cohort.files import list_files
     from mammo_nb.dicom.peek import READS, peek_heads
-    items = [f[:3] for f in list_files(folder)[:n]]
+    items = [f[:4] for f in list_files(folder)[:n]]
     paths, key = [f'{folder}/{i[0]}' for i in items], b'k'*32
     def walk():
         todo = paths

@@ -1,0 +1,96 @@
+"""How many labels headers save: 20 replays with and without them on a phantom cohort, from the DICOM files on: the figures of nbs/learn/14_weak.ipynb.
+
+    python tests/benchmarks/weak.py --out nbs/data/weak.parquet
+
+The cohort and the encoders are those of tests/benchmarks/replay.py (500 patients of sites a, b, c; 15 % of the images show something). What headers say about magnification is what
+the scan read from the files: site a always says it, b in 60 %, c never, and where it is not said some machines write "contact" all the same. About tools only one make of these machines can say
+anything, so that is replayed with the sites' habits: each image with a tool has a code with probability 1, .6 and 0. At site b a fifth of all codes is wrong. About ten minutes on two cores, most of
+them for the cohort.
+"""
+import argparse
+import functools
+import os
+import time
+from pathlib import Path
+
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
+
+import numpy as np
+import polars as pl
+
+import replay as R
+from mammo_nb.core.engine import engine, map_files, write_parquet
+from mammo_nb.core.settings import MammoError
+
+SAYS = dict(a=1., b=.6, c=0.)   # share of special images whose header says so, as dicom.phantom has it
+
+
+def with_habits(manifest, truth, seed, wrong=.2):
+    "`header_rules` as the sites would write them: magnification as scanned, tools by the sites' habits, a share of b's codes wrong"
+    rng, home, rules = np.random.default_rng(seed), [p.split('/')[0] for p in manifest['path']], []
+    for i, h, said in zip(manifest['image_id'], home, manifest['header_rules']):
+        r = [x for x in said.split(',') if x and x not in ('prefire', 'postmarker')]
+        rules.append(r + ['postmarker']*bool(truth[i][0] and rng.random() < SAYS[h]))
+    for f, rule in enumerate(('postmarker', 'magnification')):
+        codes = sum(rule in r for r, h in zip(rules, home) if h == 'b')
+        no = [k for k, i in enumerate(manifest['image_id']) if home[k] == 'b' and not truth[i][f]]
+        for k in rng.choice(no, round(codes*wrong/(1-wrong)), replace=False): rules[k] = [x for x in rules[k] if rule != 'magnification' or x != 'contact'] + [rule]
+    return manifest.with_columns(header_rules=pl.Series([','.join(r) for r in rules]))
+
+
+@functools.lru_cache(2)
+def _data(path, folder):
+    from mammo_nb.cohort.manifest import read_manifest
+    from mammo_nb.learn.replay import _Data
+    data = _Data(path, R.settings())
+    return data, read_manifest(folder).filter(pl.col('image_id').is_in(data.ids)).unique('image_id', keep='first').sort('image_id')
+
+
+def one(path, folder, last, seed):
+    "all four curves of a seed"
+    from mammo_nb.learn.weak import header_replay
+    (data, m), s = _data(path, folder), R.settings()
+    m = with_habits(m, dict(zip(data.ids, data.Y)), seed)
+    return [row for strategy in ('margin', 'random') for headers in (False, True) for row in header_replay(data, m, s, strategy, seed, headers, last=last)]
+
+
+def main():
+    a = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    a.add_argument('--work', type=Path, default=R.ROOT/'outputs'/'replay', help='where cohorts and embeddings are kept, as in replay.py')
+    a.add_argument('--out', type=Path, required=True)
+    a.add_argument('--seed', type=int, default=202, help='of the cohort')
+    a.add_argument('--patients', type=int, default=500)
+    a.add_argument('--seeds', type=int, default=20)
+    a.add_argument('--encoders', default='hospital,imagenet')
+    a.add_argument('--last', type=int, default=300)
+    a.add_argument('--workers', type=int, default=0, help='processes; 0: one per core')
+    a = a.parse_args()
+    from mammo_nb.learn.replay import labels_needed, replay_data
+    work, s, parts, began = a.work.resolve(), R.settings(), [], time.time()
+    with engine(s.model_copy(update=dict(engine=s.engine.model_copy(update=dict(workers=a.workers))))) as client:
+        name = f'cohort{a.seed}'
+        folder, truth = R.cohort(work, name, client, patients=a.patients, seed=a.seed, sites=('a', 'b', 'c'), prevalence=R.RARE)
+        for kind in a.encoders.split(','):
+            path = work/f'{name}-{kind}.parquet'
+            if not path.exists():
+                encoder = kind if kind != 'hospital' else R.hospital_encoder(R.cohort(work, 'encoder', client, patients=60, seed=303, sites=('d',))[0], work/'dicom'/'encoder')
+                try: replay_data(folder, s, truth, path, encoder)
+                except MammoError as e: print(f'{kind} left out: {e}'); continue
+            rows = []
+            for seed, got, error in map_files(functools.partial(one, str(path), str(folder), a.last), list(range(a.seeds)), client, chunk=1, timeout=3600):
+                if error: raise MammoError(f'The replay with seed {seed} {error}.')
+                rows += got
+            order = dict(zip(('margin', 'headers+margin', 'random', 'headers+random'), range(4)))
+            r = pl.DataFrame(rows).sort(pl.col('strategy').replace_strict(order), 'seed', 'labels')
+            parts.append(r.with_columns(encoder=pl.lit(kind)))
+            for strategy in ('margin', 'random'):
+                for score in ('accuracy', 'balanced', 'auc'):
+                    print(kind, score, labels_needed(r.filter(pl.col('strategy').str.ends_with(strategy)), score, a.last, strategy).with_columns(pl.selectors.float().round(4)))
+    df = pl.concat(parts).with_columns(pl.col('accuracy', 'balanced', 'auc').cast(pl.Float32).round(4), pl.col('seed', 'labels', 'positives').cast(pl.Int16))
+    write_parquet(df, a.out, s, cohort=f'phantoms, seed {a.seed}, {len(truth)} images', wrong='a fifth of the codes of site b')
+    print(f'{a.out}: {a.out.stat().st_size/1000:.0f} kB, {time.time()-began:.0f} s')
+
+
+if __name__ == '__main__':
+    pl.Config.set_tbl_cols(20).set_tbl_width_chars(200).set_tbl_rows(40).set_tbl_hide_dataframe_shape(True).set_tbl_hide_column_data_types(True)
+    main()
