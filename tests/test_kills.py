@@ -277,7 +277,7 @@ def test_stages_take_turns(tmp_path, monkeypatch):
     with only_run(tmp_path/'c'):
         with pytest.raises(MammoError, match='Another run is at work'): preprocess(Job(S, 'c', tmp_path/'c', tmp_path/'dicom', None, None), tmp_path/'dicom')
         import mammo_nb.infer as I
-        monkeypatch.setattr(I.Bundle, 'load', lambda *a, **k: type('B', (), dict(names=S.names))())
+        monkeypatch.setattr(I.Bundle, 'load', lambda *a, **k: type('B', (), dict(names=S.names, path=tmp_path))())
         with pytest.raises(MammoError, match='Another run is at work'): infer(Job(S, 'c', tmp_path/'c', tmp_path/'dicom', None, tmp_path))
 
 
@@ -381,7 +381,7 @@ def test_a_read_only_folder_is_one_sentence_at_every_stage(study, tmp_path, monk
     from mammo_nb.learn.versions import rollback
     from mammo_nb.preprocess import preprocess
     import mammo_nb.infer as I
-    monkeypatch.setattr(I.Bundle, 'load', lambda *a, **k: type('B', (), dict(names=S.names))())
+    monkeypatch.setattr(I.Bundle, 'load', lambda *a, **k: type('B', (), dict(names=S.names, path=tmp_path))())
     with small_disk(tmp_path/'disk', '60m') as disk:
         shutil.copytree(study/'toy', disk/'toy')
         (disk/'toy'/'labels.sqlite').chmod(0o644)

@@ -126,8 +126,8 @@ def cohort(tmp_path_factory):
     from mammo_nb.core.settings import load_settings
     from mammo_nb.dicom.phantom import make_cohort
     s, root = load_settings(), tmp_path_factory.mktemp('published')
-    make_cohort(root/'dicom', patients=6, image_size=64, broken=0, workers=1)
-    return s, root, scan(root/'dicom', root/'out'/'leeds', s)
+    make_cohort(root/'dicom', patients=12, image_size=64, broken=0, workers=1)
+    return s, root, scan(root/'dicom', root/'out'/'leeds', s, seed=2)
 
 
 def embed_table(root, df, name, spot='1.0'):

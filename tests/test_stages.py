@@ -216,10 +216,13 @@ def test_a_missing_cohort(fresh, stage, project):
 
 def test_a_bundle_of_another_preprocessing_version(project, tmp_path):
     import onnx
-    model = onnx.load(newest(project/'outputs'/'demo_a')/'model.onnx')
+    from mammo_nb.core.engine import new_seal, put_seal
+    model, seal = onnx.load(newest(project/'outputs'/'demo_a')/'model.onnx'), new_seal()
     for p in model.metadata_props:
         if p.key == 'preprocessing_version': p.value = '999'
+        if p.key == 'mammo_nb.seal': p.value = seal
     onnx.save(model, tmp_path/'old.onnx')
+    put_seal(tmp_path/'old.onnx', seal)
     before = outputs_of(project)
     done = mammo('run', 'infer', '-p', f'bundle={tmp_path/"old.onnx"}', cwd=project)
     assert done.returncode == 1 and 'preprocessing version 999' in done.stderr and outputs_of(project) == before

@@ -522,16 +522,19 @@ _config = {'distributed.scheduler.allowed-failures': 0, 'distributed.worker.daem
            'distributed.nanny.pre-spawn-environ.OPENCV_FOR_THREADS_NUM': 1, 'distributed.comm.timeouts.connect': '30s',
            'distributed.worker.multiprocessing-method': 'spawn', 'distributed.admin.low-level-log-length': 0}
 
-# %% ../../nbs/core/01_engine.ipynb #24bb740b
+# %% ../../nbs/core/01_engine.ipynb #798313ae
 @functools.cache
 def code_hash() -> str:
     "The library's code as this process first saw it: 12 hex digits."
     root = Path(find_spec('mammo_nb').origin).parent
     return hashlib.sha256(b''.join(p.read_bytes() for p in sorted(root.rglob('*.py')))).hexdigest()[:12]
 
+_address = re.compile(r'(?:(?:tcp|tls|ws|wss|ucx)://)?(?:\[[0-9A-Fa-f:.%]+\]|[\w.-]+):\d{1,5}')  # Dask would wait for many another word without an end
+
 def _connect(scheduler):
     "A client, or one sentence"
     from distributed import Client
+    if not _address.fullmatch(scheduler): raise MammoError(f"scheduler = {scheduler[:80]!r} is no address; write one like tcp://host:8786, or leave it empty.")
     try:
         with warnings.catch_warnings():  # versions that differ are told below
             warnings.simplefilter('ignore')
