@@ -1,6 +1,8 @@
 """Every building-block notebook runs from top to bottom, as nbdev-test runs it; the stages are run in test_stages."""
+import importlib
 import json
 import os
+import pkgutil
 import subprocess
 import sys
 
@@ -24,3 +26,11 @@ def test_no_widget_state(notebook):
     nb = json.loads((ROOT/notebook).read_text(encoding='utf-8'))
     assert 'widgets' not in nb['metadata']
     assert not [o for c in nb['cells'] for o in c.get('outputs', ()) if any('widget' in kind for kind in o.get('data', ()))]
+
+
+def test_every_exported_name_is_there():
+    "`from module import *` must not fail"
+    import mammo_nb
+    for m in pkgutil.walk_packages(mammo_nb.__path__, 'mammo_nb.'):
+        module = importlib.import_module(m.name)
+        assert not [n for n in getattr(module, '__all__', ()) if not hasattr(module, n)], m.name

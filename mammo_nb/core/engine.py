@@ -151,7 +151,7 @@ def sweep(
                 if left_behind(Path(at, name)): _remove(Path(at, name)); n += 1
     return n
 
-# %% ../../nbs/core/01_engine.ipynb #14ab88a4
+# %% ../../nbs/core/01_engine.ipynb #bf8b4597
 @contextmanager
 def atomic_path(
     dst: str | Path,  # the file (or, with `folder`, the folder) that is to appear whole or not at all
@@ -178,10 +178,11 @@ def _link(tmp, dst):
 
 def _sync_all(path):
     "What `path` holds survives a power cut from here on"
-    for p in ([*path.rglob('*'), path] if path.is_dir() else [path]):
-        if p.is_dir(): _fsync_dir(p)
-        else:
-            with open(p, 'rb+') as f: os.fsync(f.fileno())
+    for p in ([*path.rglob('*'), path] if path.is_dir() else [path]): _sync(p)
+
+def _sync(path):
+    if path.is_dir(): return _fsync_dir(path)
+    with open(path, 'rb+') as f: os.fsync(f.fileno())
 
 # %% ../../nbs/core/01_engine.ipynb #b508b03e
 def write_text(
@@ -359,7 +360,7 @@ def _write_parts(df, tmp, meta):
     for i, p in enumerate(parts): _write_sealed(df[i * PARTITION_ROWS:(i + 1) * PARTITION_ROWS], p, fact(i + 1, n))
     return [*parts, tmp]
 
-# %% ../../nbs/core/01_engine.ipynb #3aa60e9a
+# %% ../../nbs/core/01_engine.ipynb #acda9e0a
 def write_parquet(
     df: pl.DataFrame,  # the rows
     path: str | Path,  # file to write; a folder of that name from `PARTITION_ROWS` rows on
@@ -379,10 +380,6 @@ def write_parquet(
             _put_in_place(tmp, path)
     except OSError as e: raise disk_problem(e, path) from None
     except pl.exceptions.PolarsError as e: raise disk_problem(OSError(e), path) if _errno(e) else e
-
-def _sync(path):
-    if path.is_dir(): return _fsync_dir(path)
-    with open(path, 'rb+') as f: os.fsync(f.fileno())
 
 # %% ../../nbs/core/01_engine.ipynb #0b454305
 class TableError(MammoError):

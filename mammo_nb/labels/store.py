@@ -6,7 +6,7 @@
 __all__ = ['SOURCES', 'SCHEMA_VERSION', 'SPLITS', 'QUEUES', 'Event', 'StoreError', 'EventError', 'LabelStore', 'now_utc',
            'label_values', 'label_text', 'marked', 'ImportReport', 'Oracle']
 
-# %% ../../nbs/labels/00_store.ipynb #fc24b5b8
+# %% ../../nbs/labels/00_store.ipynb #8cd99b5d
 import contextlib
 import csv
 import hashlib
@@ -25,6 +25,7 @@ import numpy as np
 import polars as pl
 from fastcore.basics import patch
 
+from ..cohort.tables import YES_NO
 from ..core.engine import seal_problem, write_text
 from ..core.settings import MammoError, Settings
 
@@ -645,14 +646,13 @@ def disagreements(self:LabelStore) -> pl.DataFrame:  # image_id and a column per
     cols = {'image_id': ids, **{r: [d.get(i) for i in ids] for r, d in said.items()}}
     return pl.DataFrame(cols, schema=dict.fromkeys(cols, pl.String))
 
-# %% ../../nbs/labels/00_store.ipynb #b3ff2ae6
+# %% ../../nbs/labels/00_store.ipynb #a51e4062
 class ImportReport(NamedTuple):
     "What came of a CSV: labels added, labels that were already there, and (line, reason) of each row left out."
     added: int
     known: int
     bad: list
 
-_words = {'1': 1, 'yes': 1, 'true': 1, '1.0': 1, '0': 0, 'no': 0, 'false': 0, '0.0': 0, '': None, 'null': None, 'nan': None, 'na': None}
 
 @patch
 def export_csv(self:LabelStore,
@@ -699,7 +699,7 @@ def import_csv(self:LabelStore,
     new = self.add_many(events)
     return ImportReport(sum(new), len(new) - sum(new), bad)
 
-# %% ../../nbs/labels/00_store.ipynb #4b7c14af
+# %% ../../nbs/labels/00_store.ipynb #905f329c
 def _csv_rows(rows):
     "`(line, row, problem)`; the line is where the row ends in the file"
     while True:
@@ -725,8 +725,8 @@ def _csv_event(self:LabelStore, row, client, line, rater, known, by_name):
     label = {}
     for n, c in zip(self.names, self.columns):
         v = row.get(c, '').lower()
-        if v not in _words: raise ValueError(f"{c} must be 0, 1 or empty, not '{v}'")
-        label[n] = _words[v]
+        if v not in YES_NO: raise ValueError(f"{c} must be 0, 1 or empty, not '{v}'")
+        label[n] = YES_NO[v]
     if all(v is None for v in label.values()): raise ValueError('says nothing about any finding')
     return Event(client, line, row.get('rater') or rater, image, label, row.get('labeled_at', ''), source='import')
 

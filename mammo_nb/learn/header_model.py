@@ -9,7 +9,7 @@ __all__ = ['SPEAKS', 'GROUPS', 'FEW', 'ALONE', 'FORMAT', 'SOURCES', 'FILE', 'hea
            'study_sources', 'write_header_model', 'header_model_of', 'judge', 'sources_at_new_sites', 'source_scores',
            'plot_sources']
 
-# %% ../../nbs/learn/15_header_model.ipynb #147423b8
+# %% ../../nbs/learn/15_header_model.ipynb #6f266ef9
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +22,13 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedGroupKFold, cross_val_predict
 from sklearn.tree import DecisionTreeClassifier
 
-from ..cohort.headers import RELEVANT, RULES
+from ..cohort.headers import FINDINGS, RELEVANT, RULES
 from ..cohort.splits import check_split
 from ..cohort.thumbs import Sheet
 from ..core.engine import read_sealed, write_sealed
 from ..core.settings import MammoError
 from .bundle import bundle_file
+from .weak import people_rows
 from ..metrics.scores import bootstrap_ci, weighted_auc
 from ..metrics.thresholds import choose_thresholds
 
@@ -54,9 +55,7 @@ def _rule(r):
     heard = [pl.col(f'speaks {f}') for f, v in r.says.items() if not v]
     return pl.all_horizontal(_fired(r), *heard).alias(f'rule {r.name}')
 
-# %% ../../nbs/learn/15_header_model.ipynb #a905e327
-_names = ('biopsy', 'mag')  # what the rules speak about
-
+# %% ../../nbs/learn/15_header_model.ipynb #b3b0b923
 def _view_columns():
     v = pl.col('view').fill_null('').str.replace('^[LR]?-?', '')
     known = {'CC': v == 'CC', 'MLO': v == 'MLO', 'ML': v.is_in(['ML', 'LM'])}
@@ -81,7 +80,7 @@ def _machine_columns():
             (pl.col('photometric') == 'MONOCHROME1').fill_null(False).alias('machine inverse'), compressed.alias('machine compressed'),
             *(pl.col(f'header_filled {k}').alias(f'machine {k}') for k in RELEVANT)]
 
-# %% ../../nbs/learn/15_header_model.ipynb #1a2bb133
+# %% ../../nbs/learn/15_header_model.ipynb #7a7e74a6
 GROUPS = dict(rule='what the rules found', view='the view', study='how the study is made up', speaks='whether the machine ever says yes',
               unusual="what is unusual for the machine", machine='bits, size, coding, filled elements', year='the year')
 _optional = dict.fromkeys('header_filled header_rules site manufacturer model view laterality photometric transfer_syntax'.split(), pl.String)
@@ -97,9 +96,9 @@ def header_features(
     df = df.with_columns(pl.lit(None, t).alias(c) for c, t in _optional.items() if c not in df.columns)
     df = _spread(_spread(df, 'header_rules', [r.name for r in RULES]), 'header_filled', RELEVANT)
     df = df.with_columns(machine=pl.concat_str(*(pl.col(c).fill_null('?') for c in _machine), separator='|'))
-    df = df.with_columns(_speaks(f).alias(f'speaks {f}') for f in _names)
+    df = df.with_columns(_speaks(f).alias(f'speaks {f}') for f in FINDINGS)
     cols = [*map(_rule, RULES), pl.col('header_conflict').fill_null(False).alias('rule conflict'), *_view_columns(), *_study_columns(),
-            *(pl.col(f'speaks {f}') for f in _names), *_unusual_columns(), *_machine_columns(), pl.col('year').fill_null(-1).alias('year year')]
+            *(pl.col(f'speaks {f}') for f in FINDINGS), *_unusual_columns(), *_machine_columns(), pl.col('year').fill_null(-1).alias('year year')]
     return df.select('image_id', *(c.cast(pl.Float32) for c in cols if only is None or c.meta.output_name() in only))
 
 def columns_of(
@@ -323,15 +322,14 @@ def load_header_model(
         raise MammoError(f"{path} asks for '{lack[0]}', which this version of mammo_nb does not read from headers; train the round again.")
     return HeaderModel(info)
 
-# %% ../../nbs/learn/15_header_model.ipynb #b2fcd349
+# %% ../../nbs/learn/15_header_model.ipynb #49343bc1
 def people_only(
     frame: pl.DataFrame,  # training rows; `weak` and `weight_<name>` say what headers labelled (see `learn.weak`)
     settings,  # the study
 ) -> pl.DataFrame:  # without rows that only a header has labelled; NaN where it answered for a finding
     "What people said."
-    d = frame.filter(~pl.col('weak')) if 'weak' in frame.columns else frame
     own = [(f.column, f'weight_{f.name}') for f in settings.findings if f'weight_{f.name}' in frame.columns]
-    return d.with_columns(pl.when(pl.col(w) == 1).then(c).otherwise(float('nan')).alias(c) for c, w in own)
+    return people_rows(frame).with_columns(pl.when(pl.col(w) == 1).then(c).otherwise(float('nan')).alias(c) for c, w in own)
 
 # %% ../../nbs/learn/15_header_model.ipynb #cbde6269
 def _one_finding(d, f, groups, seed):
