@@ -443,7 +443,7 @@ def read_table(
         return got[0][0] if len(got) == 1 else pl.concat([df for df, _ in got])
     return _whole(path, rows, fix)
 
-# %% ../../nbs/core/01_engine.ipynb #c4f4dd5a
+# %% ../../nbs/core/01_engine.ipynb #c333b3bf
 def _whole(path, read, fix, tries=20):
     "Reads a table; once more if it was replaced meanwhile"
     path = Path(path)
@@ -452,7 +452,7 @@ def _whole(path, read, fix, tries=20):
         seen = _made(path)
         try: return read(path)
         except (OSError, TableError, pl.exceptions.PolarsError) as e:
-            if left and _made(path) != seen: continue
+            if left and (_made(path) != seen or seen is None and has_table(path)): continue  # None: we looked between the two renames
             if isinstance(e, FileNotFoundError): raise TableError(f"{path}: no such table; run the stage that writes it.") from None
             why = str(e) if isinstance(e, TableError) else f'cannot be read from disk: {e.strerror}' if isinstance(e, OSError) else 'is damaged'
             raise TableError(f"{path} {why}; {fix}.") from None
