@@ -357,6 +357,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'mammo_nb.core.engine._errno': ('core/engine.html#_errno', 'mammo_nb/core/engine.py'),
                                       'mammo_nb.core.engine._facts': ('core/engine.html#_facts', 'mammo_nb/core/engine.py'),
                                       'mammo_nb.core.engine._files': ('core/engine.html#_files', 'mammo_nb/core/engine.py'),
+                                      'mammo_nb.core.engine._finish': ('core/engine.html#_finish', 'mammo_nb/core/engine.py'),
                                       'mammo_nb.core.engine._finished': ('core/engine.html#_finished', 'mammo_nb/core/engine.py'),
                                       'mammo_nb.core.engine._fsync_dir': ('core/engine.html#_fsync_dir', 'mammo_nb/core/engine.py'),
                                       'mammo_nb.core.engine._hold_memory': ('core/engine.html#_hold_memory', 'mammo_nb/core/engine.py'),

@@ -141,6 +141,18 @@ def test_a_reader_that_looks_between_the_two_renames_looks_again(tmp_path, monke
     assert read_table(p).equals(rows(45)) and len(calls) > 1
 
 
+def test_a_reader_leaves_the_replacement_of_a_living_writer_alone(tmp_path, monkeypatch):
+    "or two would move the same folders, and the new table might be removed as the old one"
+    p, real, seen = tmp_path/'m.parquet', os.rename, []
+    write_parquet(rows(45), p)
+    def rename(a, b):
+        real(a, b)
+        if str(b).endswith('.old'): seen.append((has_table(p), sorted(os.listdir(tmp_path))))
+    monkeypatch.setattr(os, 'rename', rename)
+    write_parquet(rows(60), p)
+    assert seen == [(True, ['.m.parquet.new', '.m.parquet.old'])] and read_table(p).equals(rows(60)) and os.listdir(tmp_path) == ['m.parquet']
+
+
 def test_a_reader_never_sees_two_tables_in_one(tmp_path):
     p, stop, wrong, reads = tmp_path/'m.parquet', threading.Event(), [], []
     tables = [rows(n, n) for n in (45, 60, 33)]

@@ -108,7 +108,7 @@ def _lock(path, flags, how):
         except BaseException: os.close(fd); raise
         os.close(fd)  # replaced or removed while we waited
 
-# %% ../../nbs/core/01_engine.ipynb #ab11f615
+# %% ../../nbs/core/01_engine.ipynb #6101a5e0
 @contextmanager
 def unfinished(
     dst: str | Path,  # what is to be written
@@ -122,8 +122,10 @@ def unfinished(
         fd = _lock(tmp, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT, fcntl and fcntl.LOCK_EX)
         yield tmp
     finally:
-        with suppress(OSError): _remove(tmp)
-        if fd is not None: os.close(fd)
+        try:
+            with suppress(OSError): _remove(tmp)
+        finally:
+            if fd is not None: os.close(fd)
 
 def _remove(path):
     if path.is_dir() and not path.is_symlink(): shutil.rmtree(path, ignore_errors=True)
@@ -294,7 +296,7 @@ def read_sealed(
     if problem := seal_problem(data): raise MammoError(f"{path} {problem}; {fix}.")
     return json.loads(data)
 
-# %% ../../nbs/core/01_engine.ipynb #5b76359c
+# %% ../../nbs/core/01_engine.ipynb #d11039df
 PARTITION_ROWS = 100_000  # from here on a table is a folder of parts of so many rows
 
 def _aside(path, what): return path.with_name(f'.{path.name}.{what}')
@@ -307,22 +309,34 @@ def _moved(src, dst):
 
 def _settle(path):
     "Finishes a replacement that was cut short"
-    new, old = _aside(path, 'new'), _aside(path, 'old')
+    new, old, lost = _aside(path, 'new'), _aside(path, 'old'), not path.exists()
     if new.exists():
         if path.exists():
             _remove(old)
             _moved(path, old)
         _moved(new, path)
-    elif not path.exists() and old.exists(): _moved(old, path)
+    elif lost and not path.exists() and old.exists(): _moved(old, path)  # asked before and after `new`: a writer may be at it
     _fsync_dir(path.parent)
     _remove(old)
+
+def _finish(path, how=0):
+    "Settles what a killed writer left; a living one holds a lock on `new` until it is done (`how`: LOCK_NB to leave it alone)"
+    new, old = _aside(path, 'new'), _aside(path, 'old')
+    with suppress(FileNotFoundError, BlockingIOError):  # just settled, or still at it
+        fd = _lock(new if new.exists() else old, os.O_RDONLY, fcntl and fcntl.LOCK_EX | how)
+        try: _settle(path)
+        finally: os.close(fd)
 
 def has_table(
     path: str | Path,  # as given to `write_parquet`
 ) -> bool:
     "Whether there is a table, a file or a folder; one whose replacement was cut short is put in place first."
     path = Path(path)
-    if not path.exists() and (_aside(path, 'new').exists() or _aside(path, 'old').exists()): _settle(path)
+    for _ in range(5):  # one that is being replaced is now here, now there
+        if path.exists(): return True
+        if not _aside(path, 'new').exists() and not _aside(path, 'old').exists(): continue
+        _finish(path, fcntl and fcntl.LOCK_NB)
+        return True
     return path.exists()
 
 # %% ../../nbs/core/01_engine.ipynb #2aa2b80a
@@ -360,7 +374,7 @@ def _write_parts(df, tmp, meta):
     for i, p in enumerate(parts): _write_sealed(df[i * PARTITION_ROWS:(i + 1) * PARTITION_ROWS], p, fact(i + 1, n))
     return [*parts, tmp]
 
-# %% ../../nbs/core/01_engine.ipynb #acda9e0a
+# %% ../../nbs/core/01_engine.ipynb #29b1df96
 def write_parquet(
     df: pl.DataFrame,  # the rows
     path: str | Path,  # file to write; a folder of that name from `PARTITION_ROWS` rows on
@@ -374,7 +388,7 @@ def write_parquet(
     try:
         make_folder(path.parent)
         _sweep(path)
-        if _aside(path, 'new').exists() or _aside(path, 'old').exists(): _settle(path)
+        _finish(path)
         with unfinished(path, len(df) >= PARTITION_ROWS) as tmp:
             for p in _write_parts(df, tmp, {f'mammo_nb.{k}': str(v) for k, v in facts.items()}): _sync(p)
             _put_in_place(tmp, path)
@@ -443,16 +457,17 @@ def read_table(
         return got[0][0] if len(got) == 1 else pl.concat([df for df, _ in got])
     return _whole(path, rows, fix)
 
-# %% ../../nbs/core/01_engine.ipynb #c333b3bf
-def _whole(path, read, fix, tries=20):
-    "Reads a table; once more if it was replaced meanwhile"
-    path = Path(path)
-    for left in range(tries, -1, -1):
-        has_table(path)
-        seen = _made(path)
+# %% ../../nbs/core/01_engine.ipynb #d55c9a89
+def _whole(path, read, fix, patience=10):
+    "Reads a table; again if it was replaced meanwhile, for `patience` seconds"
+    path, end = Path(path), time.monotonic() + patience
+    while True:
+        there, seen = has_table(path), _made(path)
         try: return read(path)
         except (OSError, TableError, pl.exceptions.PolarsError) as e:
-            if left and (_made(path) != seen or seen is None and has_table(path)): continue  # None: we looked between the two renames
+            if time.monotonic() < end and (_made(path) != seen or seen is None and there):
+                time.sleep(.002)  # None: it lay between the writer's two renames
+                continue
             if isinstance(e, FileNotFoundError): raise TableError(f"{path}: no such table; run the stage that writes it.") from None
             why = str(e) if isinstance(e, TableError) else f'cannot be read from disk: {e.strerror}' if isinstance(e, OSError) else 'is damaged'
             raise TableError(f"{path} {why}; {fix}.") from None
