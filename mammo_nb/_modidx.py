@@ -469,6 +469,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'mammo_nb.core.run.told': ('core/run.html#told', 'mammo_nb/core/run.py'),
                                    'mammo_nb.core.run.write_report': ('core/run.html#write_report', 'mammo_nb/core/run.py')},
             'mammo_nb.core.settings': { 'mammo_nb.core.settings.Demo': ('core/settings.html#demo', 'mammo_nb/core/settings.py'),
+                                        'mammo_nb.core.settings.Edge': ('core/settings.html#edge', 'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings.Engine': ('core/settings.html#engine', 'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings.Finding': ('core/settings.html#finding', 'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings.Headers': ('core/settings.html#headers', 'mammo_nb/core/settings.py'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MammoError', 'SettingsError', 'Finding', 'Study', 'Paths', 'ImageSettings', 'Splits', 'Train', 'Thresholds', 'Infer',
-           'Engine', 'Privacy', 'Headers', 'Demo', 'Settings', 'find_root', 'load_settings']
+           'Engine', 'Privacy', 'Headers', 'Edge', 'Demo', 'Settings', 'find_root', 'load_settings']
 
 # %% ../../nbs/core/00_settings.ipynb #abf032ea
 import configparser
@@ -81,7 +81,7 @@ class Infer(_Section):
     precision: Literal['auto', 'fp32', 'int8'] = 'auto'
     provider: Literal['auto', 'cpu', 'cuda'] = 'auto'
 
-# %% ../../nbs/core/00_settings.ipynb #aa0b1fa5
+# %% ../../nbs/core/00_settings.ipynb #83b567bf
 class Engine(_Section):
     "Limits per file: what goes beyond one of them is rejected, and costs nobody else anything."
     workers: int = Field(0, ge=0, le=1024)
@@ -101,6 +101,18 @@ class Headers(_Section):
     worth: float = Field(100., gt=0)
     most: int = Field(1000, ge=1)
     combine: bool = False
+
+class Edge(_Section):
+    "De-identification (options of PS3.15 Annex E by name), shipping, and the watch over scanners."
+    options: tuple[Literal['device_pseudonyms', 'retain_device', 'modified_dates', 'clean_descriptors', 'clean_pixels', 'retain_safe_private'], ...] = (
+        'device_pseudonyms', 'modified_dates', 'clean_pixels')
+    station: str = Field('', max_length=16, pattern=r'^[A-Za-z0-9_. -]*$')
+    max_shift: int = Field(365, ge=1, le=3650)
+    destination: str = ''
+    bandwidth: str = Field('0', pattern=r'^\d+(\.\d+)?\s*([KMG]i?)?B?$')
+    upload_window: str = Field('', pattern=r'^$|^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$')
+    attempts: int = Field(20, ge=1, le=10_000)
+    false_alarms: float = Field(0.05, gt=0, lt=0.5)
 
 class Demo(_Section):
     patients: int = Field(60, ge=4)
@@ -122,7 +134,7 @@ def _key_meaning(value, names):
     if bad: raise ValueError(f"'{bad[0]}' is no finding of this study; use {', '.join(names)}, none, skip or undo")
     return tuple(n for n in names if n in parts)
 
-# %% ../../nbs/core/00_settings.ipynb #f4a67ba0
+# %% ../../nbs/core/00_settings.ipynb #9bab0b40
 class Settings(_Section):
     "A checked study; one attribute per section of `settings.ini`."
     study: Study
@@ -137,6 +149,7 @@ class Settings(_Section):
     engine: Engine = Engine()
     privacy: Privacy = Privacy()
     headers: Headers = Headers()
+    edge: Edge = Edge()
     demo: Demo = Demo()
     root: Path = Field(Path('.'), exclude=True)
 
@@ -214,9 +227,9 @@ def load_settings(
         raise SettingsError(f"{path}: {' '.join(str(e).split())}; write lines as 'key = value' under a [section].") from None
     return _from_ini({s: dict(cp[s]) for s in cp.sections()}, path)
 
-# %% ../../nbs/core/00_settings.ipynb #e1b3a59a
-_sections = dict(paths=Paths, image=ImageSettings, splits=Splits, train=Train, thresholds=Thresholds, infer=Infer, engine=Engine, privacy=Privacy, headers=Headers, demo=Demo)
-_lists = {('study', 'findings'), ('study', 'study_id'), ('study', 'site'), ('privacy', 'keep_text')}
+# %% ../../nbs/core/00_settings.ipynb #832a4432
+_sections = dict(paths=Paths, image=ImageSettings, splits=Splits, train=Train, thresholds=Thresholds, infer=Infer, engine=Engine, privacy=Privacy, headers=Headers, edge=Edge, demo=Demo)
+_lists = {('study', 'findings'), ('study', 'study_id'), ('study', 'site'), ('privacy', 'keep_text'), ('edge', 'options')}
 
 def _from_ini(ini, path):
     "A dictionary of sections to `Settings`; `path` is named in errors"
