@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import polars as pl
+import pydicom
 import pytest
 
 from mammo_nb.cohort.facts import pseudonym
@@ -11,6 +12,8 @@ from mammo_nb.core.settings import MammoError
 
 TABLES = Path(__file__).parent/'tables'
 KEY = b'0'*32
+SIDES = ('ImageLaterality', 'Laterality', 'ViewPosition', 'ViewCodeSequence', 'PatientOrientation', 'SeriesDescription', 'ProtocolName', 'AcquisitionDeviceProcessingDescription', 'ImageComments',
+         'AnatomicRegionSequence')
 
 
 def manifest(*rows):
@@ -180,3 +183,31 @@ def test_a_corrected_table_has_the_last_word_and_the_command_says_what_it_did(co
         err = capsys.readouterr().err
         assert err.startswith('mammo: ') and words in err and err.count('\n') == 1
     assert main(['york', '--outputs', str(root/'out'), str(file)]) == 1 and 'No cohort' in capsys.readouterr().err
+
+
+def test_what_headers_leave_out_is_filled_in_and_stays_so(cohort, tmp_path):
+    from mammo_nb.cohort.manifest import read_manifest, scan
+    from mammo_nb.labels.published import import_published
+    s, root, df = cohort
+    src, out, mine = tmp_path/'dicom', tmp_path/'out'/'leeds', one_file_each(df)
+    mute, half, told = mine['path'][:3]
+    for p in (mute, half, told):
+        (src/p).parent.mkdir(parents=True, exist_ok=True)
+        ds = pydicom.dcmread(root/'dicom'/p)
+        if p != told:
+            for k in list(ds.keys()):
+                if ds[k].keyword in SIDES: del ds[k]
+        if p == half: ds.ImageLaterality = 'R'
+        if p == told: ds.ImageLaterality = 'R'
+        ds.save_as(src/p)
+    view = lambda m, p: m.filter(path=p).select('laterality', 'view', 'view_from').row(0)
+    before = scan(src, out, s, seed=2)
+    assert view(before, mute) == ('', '', None) and view(before, half) == ('R', 'R', None) and view(before, told)[0] == 'R'
+    for side, want in (('L', [('L', 'L-CC', 'embed'), ('R', 'R-CC', 'embed')]), ('R', [('R', 'R-CC', 'embed'), ('R', 'R-CC', 'embed')])):
+        path = embed_table(tmp_path, before if side == 'L' else before.filter(path=mute), f'{side}.csv')
+        path.write_text(path.read_text().replace(',L,CC', f',{side},CC'))   # the second time about one image only
+        got = import_published(out, path, s)
+        now = read_manifest(out)
+        assert [view(now, mute), view(now, half)] == want and got.filled == (2 if side == 'L' else 0)
+        assert view(now, told) == view(before, told) and now.drop('laterality', 'view', 'view_from').equals(before.drop('laterality', 'view', 'view_from'))
+        assert scan(src, out, s, seed=2).equals(now), 'the next scan keeps them'

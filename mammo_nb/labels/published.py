@@ -6,7 +6,7 @@ beside its manifest."""
 # %% auto #0
 __all__ = ['label_events', 'Imported', 'import_published', 'import_lines', 'main']
 
-# %% ../../nbs/labels/04_published.ipynb #592b1c5c
+# %% ../../nbs/labels/04_published.ipynb #4dce9679
 import argparse
 import hashlib
 import sys
@@ -16,9 +16,9 @@ from typing import NamedTuple
 import polars as pl
 
 from ..cohort.facts import cohort_key
-from ..cohort.manifest import read_manifest
+from ..cohort.manifest import read_manifest, refill
 from ..cohort.tables import ADAPTERS, Matched, Table, match_published, read_published
-from ..core.engine import has_table, write_parquet
+from ..core.engine import has_table, only_run, read_table, write_parquet
 from ..core.run import job
 from ..core.settings import MammoError
 from .store import Event, LabelStore
@@ -45,13 +45,14 @@ def label_events(
         events += [Event(client, k, name, i, l, source=voice) for k, (i, l) in enumerate(said)]
     return events
 
-# %% ../../nbs/labels/04_published.ipynb #543f1ae2
+# %% ../../nbs/labels/04_published.ipynb #c7edc69d
 class Imported(NamedTuple):
     "What came of a published table."
     table: Table  # as read: unknown columns, odd words, bad rows
     matched: Matched  # joined to the cohort
     added: int  # labels that are new
     known: int  # labels that were there
+    filled: int  # more images whose side or view the manifest now knows
 
 def import_published(
     cohort_dir: str | Path,  # outputs/<cohort>, preprocessed
@@ -60,7 +61,7 @@ def import_published(
     name: str | None = None,  # key of `ADAPTERS` or 'omi-db'; default: by the columns
     labels: dict[str, str] | None = None,  # finding to a yes/no column, e.g. {'implant': 'implant'}; default: the adapter's own, where the study asks for it
 ) -> Imported:
-    "Reads, joins, stores labels, and writes `tables/<name>.parquet` (image_id, laterality, view, kind). Raises `MammoError` where the table or the cohort cannot be used."
+    "Reads, joins, stores labels, keeps `tables/<name>.parquet`, and fills the manifest's missing sides and views. Raises `MammoError` where the table or the cohort cannot be used."
     folder = Path(cohort_dir)
     manifest = read_manifest(folder)
     table = read_published(path, name, labels)
@@ -70,10 +71,18 @@ def import_published(
     with LabelStore(folder/'labels.sqlite', settings) as store:
         store.sync_images(manifest)
         new = store.add_many(label_events(m, manifest, table.name, labels))
-    write_parquet(m.rows.select('image_id', 'laterality', 'view', 'kind'), folder/'tables'/f'{table.name}.parquet', settings, source=Path(path).name)
-    return Imported(table, m, sum(new), len(new) - sum(new))
+    with only_run(folder):
+        before = manifest['view_from'].is_not_null().sum() if 'view_from' in manifest.columns else 0
+        _keep(m.rows.select('image_id', 'laterality', 'view', 'kind'), folder/'tables'/f'{table.name}.parquet', settings, Path(path).name)
+        filled = refill(folder, settings)['view_from'].is_not_null().sum() - before
+    return Imported(table, m, sum(new), len(new) - sum(new), filled)
 
-# %% ../../nbs/labels/04_published.ipynb #f550d21a
+def _keep(rows, path, settings, source):
+    "Adds rows to an imported table; what it said about other images stays"
+    if has_table(path): rows = pl.concat([read_table(path, fix='delete it and import its table again'), rows])
+    write_parquet(rows.unique('image_id', keep='last', maintain_order=True), path, settings, source=source)
+
+# %% ../../nbs/labels/04_published.ipynb #c80c1f8a
 def import_lines(
     got: Imported,
     most: int = 10,  # of each kind of remark
@@ -81,14 +90,14 @@ def import_lines(
     "What came of a table, as lines to print."
     t, m = got.table, got.matched
     lines = [f'{t.name}: {len(t.rows) + len(t.bad):,} rows = {len(t.rows):,} read + {len(t.bad):,} left out',
-             f"images found: {m.rows['image_id'].n_unique():,}; rows without one: {len(m.lost):,}", f'labels: {got.added:,} new, {got.known:,} known']
+             f"images found: {m.rows['image_id'].n_unique():,}; rows without one: {len(m.lost):,}", f'labels: {got.added:,} new, {got.known:,} known; sides and views filled in: {got.filled:,}']
     lines += ['read: ' + ', '.join(f'{c} → {w}' for c, w in t.mapping.items())]
     if t.unknown: lines.append('not read: ' + ', '.join(t.unknown))
     lines += [f"{c} is '{w}' {n:,} times, which means no side and no view here" for (c, w), n in [*t.odd.items()][:most]]
     for what, rows in (('left out', t.bad), ('no image', m.lost)):
         lines += [f'line {n}: {why}' if isinstance(n, int) else f'{n}: {why}' for n, why in rows[:most]]
         if len(rows) > most: lines.append(f'… and {len(rows) - most:,} more ({what})')
-    lines += [f"{r['image_id']}: {r['what']} is {r['manifest']} in the header, {r['table']} in the table" for r in m.differs.head(most).iter_rows(named=True)]
+    lines += [f"{r['image_id']}: {r['what']} is {r['manifest']} in the manifest, {r['table']} in the table" for r in m.differs.head(most).iter_rows(named=True)]
     return lines + ([f'… and {len(m.differs) - most:,} more such differences'] if len(m.differs) > most else [])
 
 # %% ../../nbs/labels/04_published.ipynb #d6e73a3a
