@@ -417,6 +417,36 @@ def undo(self:LabelStore,
                          undoes=(e.client, e.seq)))
     return e
 
+# %% ../../nbs/labels/00_store.ipynb #92c56d84
+@patch
+def replace_labels(self:LabelStore,
+    rater: str,  # whose labels
+    source: str,  # header, import or oracle: a person's labels are never replaced
+    wanted: dict[str, dict[str, int]],  # image to finding to 0 or 1
+) -> dict[str, int]:  # {'added': events, 'undone': events, 'kept': events}
+    "Makes a machine's labels those given, and no others."
+    if source == 'human': raise EventError("A person's labels are never replaced; add events of their own.")
+    n = dict(added=0, undone=0, kept=0)
+    with self._write() as db:
+        stands, last = _standing(db, rater, source)
+        def put(i, **kw):
+            last[i] = last.get(i, 0) + 1
+            return self._insert(db, self._row(Event(f'{rater}-{i}', last[i], rater, i, source=source, **kw)))
+        for i in sorted(wanted.keys() | stands.keys()):
+            have, new = stands.get(i, []), wanted.get(i)
+            if len(have) == 1 and have[0][2] == new: n['kept'] += 1; continue
+            n['undone'] += sum(put(i, label='undo', undoes=(c, k)) for c, k, _ in have)
+            if new: n['added'] += put(i, label=new)
+    return n
+
+def _standing(db, rater, source):
+    "{image: [(client, seq, label)]} of what stands, {image: number} of all that was ever said"
+    live = "SELECT image_id, client, seq, label FROM live WHERE source = ? AND rater = ? ORDER BY seq"
+    count = "SELECT image_id, max(seq) FROM events WHERE source = ? AND rater = ? GROUP BY image_id"
+    stands = {}
+    for i, c, k, l in db.execute(live, (source, rater)): stands.setdefault(i, []).append((c, k, json.loads(l)))
+    return stands, dict(db.execute(count, (source, rater)))
+
 # %% ../../nbs/labels/00_store.ipynb #54f7de81
 @patch
 def _has(self:LabelStore): return {c: pl.Int8 for c in self.columns}
@@ -547,6 +577,14 @@ def todo(self:LabelStore,
     if name in ('skipped', 'disagreements'): return self.queue(name, rater)
     done = self._second_looks(rater) if name == 'suspects' else {i for i, in self._all('SELECT DISTINCT image_id FROM live WHERE rater = ?', rater)}
     return [i for i in self.queue(name) if i not in done]
+
+# %% ../../nbs/labels/00_store.ipynb #1ea43be0
+@patch
+def first_asked(self:LabelStore) -> dict[str, str]:  # image to the name of the queue, '' where there was none
+    "Through which queue each image got its first answer that is not a header's."
+    sql, first = "SELECT image_id, queue FROM events WHERE label NOT IN ('skip', 'undo') AND source <> 'header' ORDER BY time, client, seq", {}
+    for i, q in self._all(sql): first.setdefault(i, q or '')
+    return first
 
 # %% ../../nbs/labels/00_store.ipynb #9e28dc36
 @patch

@@ -7,8 +7,7 @@ __all__ = ['PRIOR', 'WORTH', 'SILENCE', 'HEADER', 'random_slice', 'rule_fires', 
            'enter_headers', 'people_rows', 'with_headers', 'learn_from_headers', 'header_notes', 'header_table',
            'header_replay']
 
-# %% ../../nbs/learn/14_weak.ipynb #00bb18b8
-import json
+# %% ../../nbs/learn/14_weak.ipynb #594c9f46
 import re
 from pathlib import Path
 
@@ -20,23 +19,21 @@ from ..cohort.headers import RULES
 from ..cohort.manifest import read_manifest
 from ..cohort.splits import check_split
 from ..core.settings import MammoError
-from ..labels.store import Event, LabelStore
+from ..labels.store import LabelStore
 from .acquire import next_batch
 from .embed import LightHead
 from .replay import quick_scores
 from ..metrics.scores import exact_interval
 
-# %% ../../nbs/learn/14_weak.ipynb #9a66595d
+# %% ../../nbs/learn/14_weak.ipynb #dd01f1d6
 def random_slice(
     store: LabelStore,
 ) -> list[str]:  # image ids, sorted; labelled or not
     "Training and validation images that chance picked for labelling."
     ids = {i for q in store.queues() if re.fullmatch(r'random-\d{3,}', q) for i in store.queue(q)}
-    split, first = dict(store.images().select('image_id', 'split').iter_rows()), {}
-    asked = "SELECT image_id, queue FROM events WHERE label NOT IN ('skip', 'undo') AND source <> 'header' ORDER BY time, client, seq"
-    for i, q in store._all(asked): first.setdefault(i, q or '')
+    split = dict(store.images().select('image_id', 'split').iter_rows())
     ids = {i for i in ids if split.get(i) == 'train'}
-    return sorted(ids | {i for i, q in first.items() if split[i] == 'valid' and (q == 'valid' or q.startswith('round'))})
+    return sorted(ids | {i for i, q in store.first_asked().items() if split[i] == 'valid' and (q == 'valid' or q.startswith('round'))})
 
 # %% ../../nbs/learn/14_weak.ipynb #617ac927
 _says = pl.DataFrame([dict(rule=r.name, finding=f, says=v, strong=r.strength == 'strong') for r in RULES for f, v in r.says.items()])
@@ -162,16 +159,8 @@ def header_labels(
         out = out.join(one, on='image_id', how='left', maintain_order='left')
     return out.select('image_id', *settings.columns, *(f'weight_{n}' for n in settings.names))
 
-# %% ../../nbs/learn/14_weak.ipynb #35faed0d
+# %% ../../nbs/learn/14_weak.ipynb #7a0c79ee
 HEADER = 'header'   # the rater's name
-
-def _live_headers(db):
-    "{image_id: (client, seq, label)} of what stands, {image_id: number} of all that was ever said"
-    live = "SELECT image_id, client, seq, label FROM live WHERE source = 'header' AND rater = ? ORDER BY seq"
-    count = "SELECT image_id, max(seq) FROM events WHERE source = 'header' AND rater = ? GROUP BY image_id"
-    stands = {}
-    for i, c, n, l in db.execute(live, (HEADER,)): stands.setdefault(i, []).append((c, n, json.loads(l)))
-    return stands, dict(db.execute(count, (HEADER,)))
 
 def enter_headers(
     store: LabelStore,
@@ -183,18 +172,7 @@ def enter_headers(
     if bad: raise MammoError(f"Header labels are for training images only, and {len(bad)} of these are not; no label was entered.")
     rows = wanted.select('image_id', *store.columns).iter_rows()
     want = {i: {n: int(v) for n, v in zip(store.names, vs) if v is not None} for i, *vs in rows if i in split}
-    added = undone = kept = 0
-    with store._write() as db:
-        stands, last = _live_headers(db)
-        def put(i, **kw):
-            last[i] = last.get(i, 0) + 1
-            return store._insert(db, store._row(Event(f'header-{i}', last[i], HEADER, i, source='header', **kw)))
-        for i in sorted(want.keys() | stands.keys()):
-            have, new = stands.get(i, []), want.get(i)
-            if len(have) == 1 and have[0][2] == new: kept += 1; continue
-            undone += sum(put(i, label='undo', undoes=(c, n)) for c, n, _ in have)
-            if new: added += put(i, label=new)
-    return dict(added=added, undone=undone, kept=kept)
+    return store.replace_labels(HEADER, 'header', want)
 
 # %% ../../nbs/learn/14_weak.ipynb #a6a2a62c
 def people_rows(
