@@ -512,3 +512,16 @@ def test_scores_against_scikit_learn(cohort):
     assert np.allclose(swapped['gain'], t['gain'], atol=2e-4), 'the better single source, whichever it is'
     one = rows.with_columns(y=pl.when(pl.col('site') == 'n').then(0.).otherwise('y'))
     assert 'n' not in H.source_scores(one, n=20)['site'], 'a hospital without positives has no AUROC'
+
+
+def test_the_card_says_what_the_header_adds(bundle):
+    from mammo_nb.learn.card import _header
+    info = bundle.info | dict(findings=NAMES, titles=[f'Finding {n}' for n in NAMES])
+    text = '\n'.join(_header(info))
+    for n in NAMES:
+        kept = info['header_model'][n]
+        assert f'| Finding {n} |' in text and kept['note'] in text
+        if kept['hold_out']: assert f"{kept['hold_out']['header'][0]:.3f} (" in text
+    assert any(info['header_model'][n]['hold_out'] for n in NAMES)
+    assert _header(info | dict(header_model={n: dict(groups=[], weights=[1, 0, 0], note='too few labels', hold_out={}) for n in NAMES})) == []
+    assert _header({k: v for k, v in info.items() if k != 'header_model'}) == [], 'a bundle made before there was one'

@@ -121,6 +121,16 @@ def _calibration(info):
                 '![Calibration](figures/calibration.png)']
     return [*out, '']
 
+# %% ../../nbs/learn/09_card.ipynb #a1bc837f
+def _header(info):
+    "what the header adds, and whether it was asked"
+    model, title = info.get('header_model') or {}, dict(zip(info['findings'], info['titles']))
+    if not any(m['groups'] for m in model.values()): return []
+    val = lambda v: '–' if not v or None in v else f'{v[0]:.3f} ({v[1]:.3f}–{v[2]:.3f})'
+    rows = [(title[n], *(val(m.get('hold_out', {}).get(s)) for s in ('pixel', 'header', 'combined')), m['note']) for n, m in model.items()]
+    return ['## The header as a second opinion', '', 'ROC-AUC per image on the hold-out: the pixels alone, the header alone, both weighed on validation patients. Studies are judged by both only with '
+            '`[headers] combine = yes`; the figures above are those of the pixels.', '', *_table(('finding', 'pixels', 'header', 'both', 'the header model has'), rows)]
+
 # %% ../../nbs/learn/09_card.ipynb #26e0e622
 def _thresholds(info):
     "where the line is drawn, and why there"
@@ -146,7 +156,7 @@ def _limits(info):
     if info['head'] == 'softmax': out.append('- The softmax head cannot report two findings on one image.')
     return [*out, '']
 
-# %% ../../nbs/learn/09_card.ipynb #ac835c61
+# %% ../../nbs/learn/09_card.ipynb #a34defa1
 def _technical(info):
     a = info.get('agreement', {})
     yield (f"Network {info['arch']} at {info['size']} pixels, {'trained from scratch' if info['scratch'] else info['weights'].rstrip('.')}. Preprocessing version {info['preprocessing_version']}, "
@@ -160,7 +170,7 @@ def model_card(
 ) -> str:  # Markdown
     "The card of a bundle: use, data, labels, results, calibration, thresholds, failures, technical facts, licences."
     start = [] if info['scratch'] else ["The network started from ImageNet weights (torchvision: BSD-3-Clause; ImageNet's own terms are for non-commercial research)."]
-    return '\n'.join([f"# {info['id']}", '', *_use(info), *_data(info), *_results(info), *_calibration(info), *_thresholds(info), *_limits(info),
+    return '\n'.join([f"# {info['id']}", '', *_use(info), *_data(info), *_results(info), *_calibration(info), *_header(info), *_thresholds(info), *_limits(info),
                       '## Technical', '', *_technical(info), '',
                       '## Licences', '', 'mammo_nb is under Apache-2.0.', *start,
                       'The weights were made from images and labels that belong to the hospital of the cohort; ask it before passing them on.', ''])

@@ -435,7 +435,7 @@ def study_sources(
         out = out.with_columns(who.alias(f'decided_{f.name}'))
     return out.drop(f'spoke_{n}' for n in settings.names)
 
-# %% ../../nbs/learn/15_header_model.ipynb #5b239b5e
+# %% ../../nbs/learn/15_header_model.ipynb #a8ca7aaf
 FILE = 'header_model.json'
 
 def write_header_model(
@@ -443,11 +443,25 @@ def write_header_model(
     labelled: pl.DataFrame,  # its labelled rows, with the pixel model's prob_<name>
     manifest: pl.DataFrame,  # of the same cohort
     settings,  # the study
-) -> dict:  # per finding: groups, weights, note; what `bundle.json` keeps of it
-    "Fits the header model of a round and saves it."
-    model = fit_header_model(labelled, header_features(manifest), settings)
+) -> dict:  # per finding: groups, weights, note, hold_out (AUROC of pixel, header, combined, each [value, low, high]); what `bundle.json` keeps of it
+    "Fits the header model of a round, saves it, and scores it on the hold-out patients, whom it has not seen."
+    features = header_features(manifest)
+    model = fit_header_model(labelled, features, settings)
     model.save(Path(folder)/FILE)
-    return {n: {k: model[n][k] for k in ('groups', 'weights', 'note')} for n in model.names}
+    held = _held(model, labelled, features, settings)
+    return {n: {k: model[n][k] for k in ('groups', 'weights', 'note')} | dict(hold_out=held.get(n, {})) for n in model.names}
+
+def _held(model, labelled, features, settings):
+    "{finding: {source: [value, low, high]}} on hold-out images"
+    d = people_only(labelled, settings).filter(pl.col('split') == 'hold_out').join(features, on='image_id', how='inner', maintain_order='left')
+    if not d.height: return {}
+    px, hd = d.select(f'prob_{n}' for n in settings.names).to_numpy().astype(float), model.predict(d)
+    both, base = model.combine(px, hd), d.select('image_id', pl.col('patient_id').cast(pl.String), site=pl.lit('hold-out'))
+    rows = [base.with_columns(finding=pl.lit(f.name), y=d[f.column], pixel=pl.Series(px[:, k]), header=pl.Series(hd[:, k]), combined=pl.Series(both[:, k]))
+            for k, f in enumerate(settings.findings)]
+    table = source_scores(pl.concat(rows).filter(pl.col('y').is_not_nan()), n=500)
+    known = lambda v: None if np.isnan(v) else v
+    return {r['finding']: {s: [known(r[f'{s}{x}']) for x in ('', '_low', '_high')] for s in SOURCES} for r in table.iter_rows(named=True) if r['site'] == 'hold-out'}
 
 # %% ../../nbs/learn/15_header_model.ipynb #751bbf12
 def header_model_of(

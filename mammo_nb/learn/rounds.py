@@ -500,16 +500,14 @@ def seen_rows(
     if n: raise MammoError(f"training was handed {n} images of hold-out patients; no result was written. Make the manifest again.")
     return seen.drop('frozen')
 
-# %% ../../nbs/learn/01_rounds.ipynb #f1dbc09c
+# %% ../../nbs/learn/01_rounds.ipynb #b62a642d
 def sampling_of(
     store: LabelStore,
     frame: pl.DataFrame,  # from `labelled_frame`
     manifest: pl.DataFrame,  # of the same cohort
 ) -> dict:  # {split: 'all' | 'random' | 'chosen' | 'mixed' | 'none'}
     "How the labelled images of each split were come by: the hold-out's are unbiased when it says all or random."
-    first = {}
-    for i, q in store._all("SELECT image_id, queue FROM events WHERE label NOT IN ('skip', 'undo') AND source <> 'header' ORDER BY time, client, seq"): first.setdefault(i,
-        q or '')
+    first = store.first_asked()
     good = manifest.filter(pl.col('status') == 'ok').unique('image_id')
     def how(split):
         ids, total = frame.filter(pl.col('split') == split)['image_id'].to_list(), (good['split'] == split).sum()
