@@ -81,7 +81,7 @@ class Infer(_Section):
     precision: Literal['auto', 'fp32', 'int8'] = 'auto'
     provider: Literal['auto', 'cpu', 'cuda'] = 'auto'
 
-# %% ../../nbs/core/00_settings.ipynb #83b567bf
+# %% ../../nbs/core/00_settings.ipynb #a8b7eab2
 class Engine(_Section):
     "Limits per file: what goes beyond one of them is rejected, and costs nobody else anything."
     workers: int = Field(0, ge=0, le=1024)
@@ -113,6 +113,7 @@ class Edge(_Section):
     upload_window: str = Field('', pattern=r'^$|^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$')
     attempts: int = Field(20, ge=1, le=10_000)
     false_alarms: float = Field(0.05, gt=0, lt=0.5)
+    baseline: int = Field(200, ge=30, le=1_000_000)
 
 class Demo(_Section):
     patients: int = Field(60, ge=4)
