@@ -36,7 +36,7 @@ def mammo(*args, cwd, timeout=900, **env):
 # --- two processes share the suite (-n auto in pyproject.toml): whole files, longest first; `-n 0` runs everything in one
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')   # before torch is loaded, here and in every process that a test starts: two suites on two cores
-LONGEST = 'stages kills rounds_cli code_execution labeler_browser notebooks privacy cluster header_model explain learn train_browser review_browser weak leaks run hostile display'.split()
+LONGEST = 'stages kills rounds_cli code_execution labeler_browser notebooks privacy cluster header_model explain outbox learn train_browser review_browser weak leaks run hostile display edge_pictures deidentify verify fleet'.split()
 TOGETHER = dict(test_review='test_stages', test_heads='test_explain')   # they share what takes longest to make: the demo's project, two trained phantom models
 SLOW = '04_explain', '01_rounds', '07_sites', '06_replay'   # of the notebooks
 

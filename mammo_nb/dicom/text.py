@@ -95,7 +95,19 @@ def _rows(tops, mask):
     for x, y, w, h in rows: rest[y:y + h, x:x + w] = 0
     return [b for b in rows if _alone(rest, *b)]
 
-# %% ../../nbs/dicom/05_text.ipynb #4b56009b
+# %% ../../nbs/dicom/05_text.ipynb #640010af
+def _framed(g, x, y, w, h):
+    "Whether a dark row is a gap inside a bright, hollow, upright frame that is hardly larger than the row"
+    p, ink = 8 * h, _share(g[y:y + h, x:x + w].ravel(), .1)
+    x0, y0 = max(0, x - p), max(0, y - p)
+    mask = (g[y0:y + h + p, x0:x + w + p] > ink + 2 * _contrast).astype(np.uint8)
+    for a, b, c, d, area in cv2.connectedComponentsWithStats(mask)[2][1:].tolist():
+        if a > x - x0 or b > y - y0 or a + c < x - x0 + w or b + d < y - y0 + h or d > 8 * h or c > 2 * w or area > .6 * c * d: continue
+        m, q = mask[b:b + d, a:a + c], max(2, min(c, d) // 8)
+        if min(m[:q].max(0).mean(), m[-q:].max(0).mean(), m[:, :q].max(1).mean(), m[:, -q:].max(1).mean()) > .9: return True
+    return False
+
+# %% ../../nbs/dicom/05_text.ipynb #d20508d1
 def _stacked(a, b):
     "Whether two rows stand one below the other, like lines of a page"
     gap = max(a[1], b[1]) - min(a[1] + a[3], b[1] + b[3])
@@ -127,8 +139,8 @@ def find_text(
     for dark in (False, True) if min(img8.shape) >= 32 else ():
         tops = _strokes(img8, dark)
         for vertical in (False, True):
-            t = np.ascontiguousarray(np.rot90(tops)) if vertical else tops
-            rows = _rows(t, cv2.threshold(t, _contrast, 1, cv2.THRESH_BINARY)[1])
+            t, g = (np.ascontiguousarray(np.rot90(a)) if vertical else a for a in (tops, img8))
+            rows = [b for b in _rows(t, cv2.threshold(t, _contrast, 1, cv2.THRESH_BINARY)[1]) if not dark or not _framed(g, *b)]
             out += [_placed(b, kind, img8.shape, vertical, dark, max(k, 1)) for b, kind in _kinds(rows)]
     return out
 
