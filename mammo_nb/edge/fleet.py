@@ -479,7 +479,7 @@ def outlier_sheet(
         captions += [f"{FEATURES.get(r['feature'], r['feature'])}\n{r['value']:.3g} ({r['z']:+.0f} spreads)", f"usual\n{r['usual']:.3g}"]
     return contact_sheet(images, captions, ncols=6 if len(images) > 4 else max(len(images), 2)) if images else None
 
-# %% ../../nbs/edge/04_fleet.ipynb #8d895d59
+# %% ../../nbs/edge/04_fleet.ipynb #cf027032
 def clusters(
     df: pl.DataFrame,  # rows of `fleet_features`
     k: int = 0,  # groups; 0: the number from 2 to 6 with the best silhouette
@@ -505,6 +505,7 @@ def clusters(
     ids = df['image_id'] if 'image_id' in df.columns else pl.Series(map(str, range(len(df))))
     return pl.DataFrame(dict(image_id=ids, scanner=df['scanner'], cluster=rank[g].astype(np.int32), x=x, y=y))
 
+# %% ../../nbs/edge/04_fleet.ipynb #6840c4c1
 def plot_clusters(
     c: pl.DataFrame,  # from `clusters`
     most: int = 12,  # scanners in the table at most

@@ -6,7 +6,7 @@
 __all__ = ['GROUPS', 'EXPECTED', 'identifying', 'header_table', 'missing', 'header_groups', 'show_file', 'what_changed',
            'change_table', 'show_pair', 'Viewer']
 
-# %% ../../nbs/edge/00_inspect.ipynb #3feea802
+# %% ../../nbs/edge/00_inspect.ipynb #80ba5fdb
 import functools
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import polars as pl
 import traitlets
+from fastcore.basics import patch
 from importlib.resources import files
 from pydicom.datadict import dictionary_description, dictionary_VR, keyword_for_tag, tag_for_keyword
 from pydicom.dataset import Dataset
@@ -28,7 +29,7 @@ from ..dicom.read import ReadError, get_text, get_value, open_source
 from ..dicom.text import find_text, framed, hide_text
 from .deidentify import PROFILE
 
-# %% ../../nbs/edge/00_inspect.ipynb #42d34066
+# %% ../../nbs/edge/00_inspect.ipynb #9f4a8fda
 GROUPS = {0x0002: 'file', 0x0008: 'study and series', 0x0010: 'patient', 0x0012: 'trial, de-identification', 0x0018: 'acquisition', 0x0020: 'relations', 0x0028: 'picture', 0x0032: 'request',
           0x0038: 'visit', 0x0040: 'procedure', 0x0054: 'views', 0x2050: 'presentation', 0x5200: 'frames', 0x7fe0: 'pixels'}
 EXPECTED = ('SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID PatientID PatientName PatientBirthDate PatientSex StudyDate StudyTime AccessionNumber Modality Manufacturer '
@@ -49,6 +50,7 @@ def identifying(
     if 0x5000 <= group < 0x5100 or 0x6000 <= group < 0x6100 and tag & 0xffff in (0x3000, 0x4000): return 'X'
     return _actions().get(tag, '')
 
+# %% ../../nbs/edge/00_inspect.ipynb #76c8be4e
 def _name(tag):
     "What the standard calls an attribute"
     try: return dictionary_description(tag)
@@ -71,6 +73,7 @@ def _walk(ds, depth=0, path=''):
         if isinstance(e.value, Sequence):
             for k, item in enumerate(e.value): yield from _walk(item, depth + 1, f'{path}{int(tag):08x}.{k}/')
 
+# %% ../../nbs/edge/00_inspect.ipynb #d0172dbf
 def header_table(
     src,  # a path, `archive.zip!/member`, content, a Source, or a header
     values: bool = False,  # also what elements say: names, dates. Not in a notebook that you will save
@@ -195,7 +198,7 @@ def show_pair(
         ax.set_axis_off(), ax.set_title(name, fontsize=8)
     return fig
 
-# %% ../../nbs/edge/00_inspect.ipynb #efd806b6
+# %% ../../nbs/edge/00_inspect.ipynb #97319f29
 class Viewer(anywidget.AnyWidget):
     "Pages through files: `items` are dictionaries with `path`, and maybe `source`, `title`, `facts` (lines) and `problem`."
     _esm = files('mammo_nb.edge').joinpath('static/inspect.js').read_text(encoding='utf-8')
@@ -233,14 +236,16 @@ class Viewer(anywidget.AnyWidget):
         if msg.get('do') == 'problem': at = next((k % len(self.items) for k in range(self.at + 1, self.at + 1 + len(self.items)) if self.items[k % len(self.items)].get('problem')), self.at) if self.items else 0
         self.send(*self.answer(at, kind))
 
-    def still(self):
-        "A page without a page: the first file"
-        said, _ = self.answer(0)
-        fig = Sheet(figsize=(6, 3.2), layout='constrained')
-        a, b = fig.subplots(1, 2)
-        img = self.picture(0)[0] if self.items else None
-        if img is not None: a.imshow(img, cmap='gray', vmin=0, vmax=255)
-        a.set_axis_off(), b.set_axis_off()
-        lines = [f"1 of {len(self.items)}", said['title'], *said['facts'], said['problem']]
-        b.text(0, 1, '\n'.join(filter(None, lines)), va='top', fontsize=8, transform=b.transAxes)
-        return fig
+# %% ../../nbs/edge/00_inspect.ipynb #a25dd241
+@patch
+def still(self: Viewer):
+    "A page without a page: the first file"
+    said, _ = self.answer(0)
+    fig = Sheet(figsize=(6, 3.2), layout='constrained')
+    a, b = fig.subplots(1, 2)
+    img = self.picture(0)[0] if self.items else None
+    if img is not None: a.imshow(img, cmap='gray', vmin=0, vmax=255)
+    a.set_axis_off(), b.set_axis_off()
+    lines = [f"1 of {len(self.items)}", said['title'], *said['facts'], said['problem']]
+    b.text(0, 1, '\n'.join(filter(None, lines)), va='top', fontsize=8, transform=b.transAxes)
+    return fig

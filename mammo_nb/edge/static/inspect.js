@@ -8,13 +8,14 @@ function render({ model, el }) {
   Object.assign(img.style, { maxHeight: "70vh", maxWidth: "65%", objectFit: "contain" });
   root.append(img, side);
   el.append(root);
-  let at = 0, kind = "out", url = null, busy = false;
-  const ask = (msg) => { if (!busy) { busy = true; model.send({ do: "go", at, kind, ...msg }); } };
+  let at = 0, kind = "out", url = null, asked = 0;
+  // one question at a time; one that got no answer in five seconds (a kernel that was restarted) no longer holds up the next
+  const ask = (msg) => { if (Date.now() - asked > 5000) { asked = Date.now(); model.send({ do: "go", at, kind, ...msg }); } };
   const line = (text, style) => { const p = document.createElement("div"); p.textContent = text; Object.assign(p.style, style || {}); side.append(p); };
   const shown = { out: "as it goes out", source: "as it came", tissue: "tissue" };
   const got = (m, buffers) => {
     if (m.do !== "show") return;
-    busy = false;
+    asked = 0;
     at = m.at; kind = m.kind;
     if (url) URL.revokeObjectURL(url);
     url = buffers && buffers.length ? URL.createObjectURL(new Blob([buffers[0]], { type: "image/png" })) : null;
