@@ -838,7 +838,7 @@ def _whole(meta, clean, pixels, implicit, order, deflated):
     yield _file_head(meta)
     yield from _deflated(body()) if deflated else body()
 
-# %% ../../nbs/edge/01_deidentify.ipynb #41450393
+# %% ../../nbs/edge/01_deidentify.ipynb #adb2da9e
 def new_name(
     key: bytes,  # the cohort's
     sop_uid: str,  # the new one
@@ -847,10 +847,10 @@ def new_name(
     h = hmac.digest(key, f'file {sop_uid}'.encode(), 'sha256').hex()[:32]
     return f'{h[:2]}/{h}.dcm'
 
-def _copied(s, pieces, path):
-    "Writes pieces of Source `s` to a file; their SHA-256"
+def _copied(s, pieces, tmp):
+    "Writes pieces of Source `s` to a file of `atomic_path`; their SHA-256"
     sha, last = hashlib.sha256(), object()
-    with open(path, 'wb') as f:
+    with open(tmp, 'wb') as f:
         while (piece := s._guard(lambda: next(pieces, last))) is not last:
             sha.update(piece)
             f.write(piece)
