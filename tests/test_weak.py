@@ -296,7 +296,7 @@ def cohort(tmp_path_factory):
     truth = make_cohort(d/'dicom', patients=150, image_size=64, seed=5, sites=sites, broken=0, workers=1)
     silence(d/'dicom', truth, 'b')
     plant(d/'dicom', truth, 'a', .2, np.random.default_rng(0))
-    m = scan(d/'dicom', d/'cohort', S).filter(status='ok')
+    m = scan(d/'dicom', d/'cohort', S, seed=5).filter(status='ok')   # with a key of its own each time, a split in twenty would mute by chance
     t = truth.select('image_id', *S.columns, 'said_mag', letter='site')
     names = dict(m.join(t, on='image_id').select('letter', 'site').unique().iter_rows())
     return m, t, names
@@ -378,7 +378,8 @@ def test_the_saving_that_the_notebook_shows():
     if not kept.exists(): pytest.skip('nbs/data/weak.parquet is not there; tests/benchmarks/weak.py makes it')
     from mammo_nb.learn.replay import labels_needed
     df = pl.read_parquet(kept).filter(encoder='imagenet')
-    assert df['seed'].n_unique() == 20
-    need = {w: one(labels_needed(df.filter(pl.col('strategy').is_in([w, f'headers+{w}'])), 'accuracy', 300, w), strategy=f'headers+{w}') for w in ('random', 'margin')}
-    assert need['random']['high'] <= .5   # the whole interval
-    assert need['margin']['ratio'] <= .5   # its interval reaches past one half, as the notebook says
+    assert df['seed'].n_unique() == 10   # cohorts, each the mean of two replays
+    need = lambda ours, alone: one(labels_needed(df.filter(pl.col('strategy').is_in([ours, alone])), 'accuracy', 300, alone), strategy=ours)
+    assert need('headers+margin', 'random')['high'] <= .5   # the whole interval, against 300 images that chance picked
+    # and what the notebook says beside it: margin alone does not need many more, and against itself nothing is saved that could be shown
+    assert .2 < need('margin', 'random')['ratio'] < .3 and need('headers+margin', 'margin')['high'] > 1
