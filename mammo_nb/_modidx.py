@@ -501,6 +501,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'mammo_nb.core.settings.Train': ('core/settings.html#train', 'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings._Section': ('core/settings.html#_section', 'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings._check': ('core/settings.html#_check', 'mammo_nb/core/settings.py'),
+                                        'mammo_nb.core.settings._consistent': ( 'core/settings.html#_consistent',
+                                                                                'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings._first_problem': ( 'core/settings.html#_first_problem',
                                                                                    'mammo_nb/core/settings.py'),
                                         'mammo_nb.core.settings._from_ini': ('core/settings.html#_from_ini', 'mammo_nb/core/settings.py'),

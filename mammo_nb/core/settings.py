@@ -135,7 +135,15 @@ def _key_meaning(value, names):
     if bad: raise ValueError(f"'{bad[0]}' is no finding of this study; use {', '.join(names)}, none, skip or undo")
     return tuple(n for n in names if n in parts)
 
-# %% ../../nbs/core/00_settings.ipynb #9bab0b40
+# %% ../../nbs/core/00_settings.ipynb #6661cde4
+def _consistent(s):
+    "What no section can check alone"
+    cols = [f.column for f in s.findings]
+    if len(set(cols)) != len(cols): raise ValueError('two findings share one column; give each its own')
+    if s.splits.hold_out + s.splits.valid >= 0.9: raise ValueError('[splits] hold_out + valid leave under a tenth of the patients to train on; lower one')
+    return s
+
+# %% ../../nbs/core/00_settings.ipynb #7a694f96
 class Settings(_Section):
     "A checked study; one attribute per section of `settings.ini`."
     study: Study
@@ -155,11 +163,7 @@ class Settings(_Section):
     root: Path = Field(Path('.'), exclude=True)
 
     @model_validator(mode='after')
-    def _whole(self):
-        cols = [f.column for f in self.findings]
-        if len(set(cols)) != len(cols): raise ValueError('two findings share one column; give each its own')
-        if self.splits.hold_out + self.splits.valid >= 0.9: raise ValueError('[splits] hold_out + valid leave under a tenth of the patients to train on; lower one')
-        return self
+    def _whole(self): return _consistent(self)
 
     @property
     def names(self):
