@@ -40,7 +40,7 @@ def incoming(
     order = pl.col('status').replace_strict(dict(ok=0), default=1)
     return df.sort(order, maintain_order=True).unique('path', keep='first', maintain_order=True).sort('path')
 
-# %% ../nbs/6_edge.ipynb #18cd6ab5
+# %% ../nbs/6_edge.ipynb #5d18e305
 _seen = ('image_id', 'bytes', 'mtime_ns', 'ctime_ns')
 CHECKS = (dict(image_id=pl.String, bytes=pl.Int64, mtime_ns=pl.Int64, ctime_ns=pl.Int64, patient_id=pl.String, study_id=pl.String, status=pl.String, step=pl.String, reason=pl.String,
                file=pl.String, sop_uid=pl.String, sha256=pl.String, masked=pl.String, method=pl.String))
@@ -50,7 +50,7 @@ def _one(item, deid, folder):
     src, e = item[0], deid.settings.edge
     done = deid.file(src, folder)
     if done.status != 'ok': return dict(status='rejected', step='deidentify', reason=done.reason)
-    said = verify_file(src, done.path, done.masked, e.options, e.station, e.max_shift)
+    said = verify_file(src, done.path, done.masked, e.options, e.station, e.max_shift, deid.settings.engine.max_inflated_bytes)
     row = dict(file=done.path.relative_to(folder).as_posix(), sop_uid=done.sop_uid, sha256=done.sha256, masked=json.dumps([list(m) for m in done.masked]))
     if not said: return row | dict(status='ready')
     done.path.unlink(missing_ok=True)
