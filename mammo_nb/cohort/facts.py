@@ -36,7 +36,7 @@ from ..core.engine import (PRIVATE, Progress, TableError, atomic_path, has_table
                                   write_parquet)
 from ..core.settings import MammoError
 from ..dicom.peek import READS, Begun, Peek, Peeks, Unusual, _Tags, first_item, peek_heads, tag_number
-from ..dicom.read import MAX_DEPTH, MAX_EDGE, ReadError, Source, frame_count, get_number, get_text, get_value, is_dicom, open_plain, zip_members
+from ..dicom.read import MAX_DEPTH, MAX_EDGE, ReadError, Source, frame_count, get_number, get_text, get_value, is_dicom, read_start, zip_members
 from ..dicom.views import laterality, view_name
 
 # %% ../../nbs/cohort/05_facts.ipynb #9a17cc6d
@@ -401,8 +401,7 @@ def _cache(key, keep, max_pixels): return HeaderCache(key, keep, max_pixels)
 def _beginning(file, n):
     "A file's first bytes, b'' where they cannot be had"
     next_file()
-    try:
-        with open_plain(file) as f: return os.pread(f.fileno(), n, 0)
+    try: return read_start(file, n)
     except (OSError, ValueError, ReadError): return b''
 
 AT_ONCE = 20 << 20  # bytes of headers in memory

@@ -9,6 +9,7 @@ __all__ = ['add_tables', 'scan', 'read_manifest', 'source_dir', 'reject', 'refil
 import functools
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import polars as pl
@@ -196,8 +197,10 @@ def scan(
         if fresh: _take_back(folder)
         raise MammoError(f"{root} holds {len(files):,} files and none of them is DICOM; pass another folder as dicom_dir.")
     facts = with_content(facts, str(root.resolve()), e.max_inflated_bytes, client, e.file_timeout)
-    store.compact(facts)
-    df = add_tables(_rows(facts, before, key, settings, retry), folder)
+    with ThreadPoolExecutor(1) as pool:
+        stored = pool.submit(store.compact, facts)
+        df = add_tables(_rows(facts, before, key, settings, retry), folder)
+        stored.result()
     _publish(df, before, folder, settings, str(root.resolve()))
     return df
 

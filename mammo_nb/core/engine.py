@@ -533,6 +533,9 @@ def n_workers(settings) -> int:
 _config = {'distributed.scheduler.allowed-failures': 0, 'distributed.worker.daemon': True, 'distributed.admin.log-length': 0,
            'distributed.nanny.pre-spawn-environ.OPENCV_FOR_THREADS_NUM': 1, 'distributed.comm.timeouts.connect': '30s',
            'distributed.worker.multiprocessing-method': 'spawn', 'distributed.admin.low-level-log-length': 0}
+_config |= {f'distributed.{k}': v for k, v in {  # what Dask watches for its dashboard, which nobody sees here: more than half of its idle time
+    'worker.profile.enabled': False, 'scheduler.active-memory-manager.start': False, 'admin.system-monitor.disk': False,
+    'admin.system-monitor.interval': '5s', 'admin.tick.interval': '500ms', 'worker.memory.monitor-interval': '200ms'}.items()}
 
 # %% ../../nbs/core/01_engine.ipynb #798313ae
 @functools.cache

@@ -189,7 +189,7 @@ def _lines_border(fr, pad, share=0.1):
 
 # %% ../../nbs/dicom/01_display.ipynb #2bb8d6dc
 def _can_lut16():
-    try: return cv2.LUT(np.zeros((1, 1), np.uint16), np.zeros(65536, np.uint8)).shape == (1, 1)
+    try: return all(cv2.LUT(np.zeros((1, 1), np.uint16), np.zeros(65536, t)).dtype == t for t in (np.uint8, np.float32))
     except cv2.error: return False
 
 _lut16 = _can_lut16()  # OpenCV learned 16-bit tables late; np.take gives the same, slower
@@ -264,10 +264,12 @@ def _shrunk(raw, lut, size, full):
     rows, tall = _cells(full[0], size[0], r, raw.shape[1])
     cols, wide = _cells(full[1], size[1], r, size[0])
     half, out = np.empty((size[0], raw.shape[1]), np.float32), np.empty(size, np.float32)
-    grey, real = (np.empty((max(b - a for _, a, b, _ in rows), raw.shape[1]), t) for t in (np.uint8, np.float32))
+    strip, table = np.empty((max(b - a for _, a, b, _ in rows), raw.shape[1]), np.float32), None if lut is None else lut.astype(np.float32)
     for i, a, b, w in rows:
-        np.copyto(real[:b - a], raw[a:b] if lut is None else _apply(raw[a:b], lut, grey[:b - a]))
-        np.matmul(w, real[:b - a], out=half[i:i + len(w)])
+        grey = strip[:b - a]
+        if table is None: np.copyto(grey, raw[a:b])
+        else: grey = _apply(raw[a:b], table, grey)
+        np.matmul(w, grey, out=half[i:i + len(w)])
     for i, a, b, w in cols: np.matmul(half[:, a:b], w.T, out=out[:, i:i + len(w)])
     return np.rint(out / np.outer(tall, wide)).astype(np.uint8)
 

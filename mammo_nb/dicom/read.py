@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'MAX_HEADER', 'MAX_EDGE', 'MIN_RATIO', 'ReadError', 'get_value', 'get_text', 'get_items', 'get_numbers',
-           'get_number', 'open_plain', 'split_member', 'zip_members', 'read_blocks', 'is_dicom', 'Source',
+           'get_number', 'open_plain', 'read_start', 'split_member', 'zip_members', 'read_blocks', 'is_dicom', 'Source',
            'open_source', 'read_header', 'read_bytes', 'Layout', 'frame_count', 'layout', 'Frame', 'Stream',
            'read_frame']
 
@@ -86,7 +86,7 @@ def get_value(
     "The element's value, or `default`; never raises."
     try:
         tag = tag_for_keyword(keyword)
-        if tag is None or tag not in ds: return default
+        if tag is None: return default
         v = ds.get_item(tag)
         if isinstance(v, RawDataElement):  # not converted yet: pydicom may warn while it does
             if len(v.value or b'') > _MOST and 'LUT' not in keyword: return default
@@ -139,15 +139,29 @@ def _size_text(n):
         if n < 1000 or unit == 'GB': return f'{n:.0f} {unit}' if unit == 'bytes' else f'{n:.1f} {unit}'
         n /= 1000
 
+_to_read = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+
+def _plain_fd(path):
+    fd = os.open(path, _to_read)
+    mode = os.fstat(fd).st_mode
+    if stat.S_ISREG(mode): return fd
+    os.close(fd)
+    raise IsADirectoryError if stat.S_ISDIR(mode) else ReadError('is no regular file (a pipe, socket or device).')
+
 def open_plain(
     path: str | Path,  # a file
 ) -> io.BufferedReader:
     "Opens a file to read, without ever waiting. Raises `ReadError` for a pipe, a socket or a device, `OSError` where there is nothing to open."
-    fd = os.open(path, os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0))
-    mode = os.fstat(fd).st_mode
-    if stat.S_ISREG(mode): return open(fd, 'rb')
-    os.close(fd)
-    raise IsADirectoryError if stat.S_ISDIR(mode) else ReadError('is no regular file (a pipe, socket or device).')
+    return open(_plain_fd(path), 'rb')
+
+def read_start(
+    path: str | Path,  # a file
+    n: int,  # bytes
+) -> bytes:  # the first `n`, fewer where the file is shorter
+    "A file's beginning, by three calls of the system. Raises as `open_plain` does."
+    fd = _plain_fd(path)
+    try: return os.pread(fd, n, 0) if hasattr(os, 'pread') else os.read(fd, n)
+    finally: os.close(fd)
 
 class _Bounded:
     "A seekable file that never allocates more than it holds and remembers that it was asked for more (`short`)"
