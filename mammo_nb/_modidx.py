@@ -771,6 +771,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'mammo_nb.dicom.read._Rows.__getitem__': ( 'dicom/read.html#_rows.__getitem__',
                                                                                 'mammo_nb/dicom/read.py'),
                                      'mammo_nb.dicom.read._Rows.__init__': ('dicom/read.html#_rows.__init__', 'mammo_nb/dicom/read.py'),
+                                     'mammo_nb.dicom.read._Rows.fill': ('dicom/read.html#_rows.fill', 'mammo_nb/dicom/read.py'),
                                      'mammo_nb.dicom.read._Sparing': ('dicom/read.html#_sparing', 'mammo_nb/dicom/read.py'),
                                      'mammo_nb.dicom.read._Sparing.__init__': ( 'dicom/read.html#_sparing.__init__',
                                                                                 'mammo_nb/dicom/read.py'),

@@ -1027,17 +1027,25 @@ def frame(self: Source,
 
 # %% ../../nbs/dicom/00_read.ipynb #e2a9882c
 class _Rows:
-    "The rows of an uncompressed frame on disk, read into one small buffer as they are asked for: a slice is good until the next"
+    "The rows of an uncompressed frame on disk, read into one small buffer, half a megabyte ahead of what is asked for: a slice is good until the next"
     ndim = 2
-    def __init__(self, fd, at, shape, dtype): self.fd, self.at, self.shape, self.dtype, self.buf = fd, at, shape, np.dtype(dtype), bytearray()
+    def __init__(self, fd, at, shape, dtype):
+        self.fd, self.at, self.shape, self.dtype, self.buf = fd, at, shape, np.dtype(dtype), bytearray()
+        self.first = self.last = 0
     def __getitem__(self, rows):
-        width = self.shape[1] * self.dtype.itemsize
-        n, got = (rows.stop - rows.start) * width, 0
+        if rows.start < self.first or rows.stop > self.last: self.fill(rows)
+        return self.there[rows.start - self.first:rows.stop - self.first]
+    def fill(self, rows):
+        width, got = self.shape[1] * self.dtype.itemsize, 0
+        self.first, self.last = 0, 0  # nothing, should it fail
+        last = min(self.shape[0], max(rows.stop, rows.start + (1 << 19) // width))
+        n = (last - rows.start) * width
         if len(self.buf) < n: self.buf = bytearray(n)
         while got < n:
             if not (more := os.preadv(self.fd, [memoryview(self.buf)[got:n]], self.at + rows.start * width + got)): raise ReadError(_ends)
             got += more
-        return np.frombuffer(self.buf, self.dtype, n // self.dtype.itemsize).reshape(-1, self.shape[1])
+        self.there = np.frombuffer(self.buf, self.dtype, n // self.dtype.itemsize).reshape(-1, self.shape[1])
+        self.first, self.last = rows.start, last
 
 def _rows(s, lay, index):
     "The frame as `_Rows` where it lies uncompressed in a plain file, in this machine's byte order; else None"
