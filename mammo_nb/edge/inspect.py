@@ -26,7 +26,7 @@ from ..core.settings import MammoError
 from ..dicom.display import render, shrink
 from ..dicom.read import ReadError, get_text, get_value, open_source
 from ..dicom.text import find_text, framed, hide_text
-from .deidentify import basic_action
+from .deidentify import basic_action, make_plan
 
 # %% ../../nbs/edge/00_inspect.ipynb #9f4a8fda
 GROUPS = {0x0002: 'file', 0x0008: 'study and series', 0x0010: 'patient', 0x0012: 'trial, de-identification', 0x0018: 'acquisition', 0x0020: 'relations', 0x0028: 'picture', 0x0032: 'request',
@@ -37,9 +37,10 @@ EXPECTED = ('SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Patie
 
 def identifying(
     tag: int,
-) -> str:  # 'X', 'Z/D' …; '' where it is left alone, and for the file's own head, which is written anew
-    "What the engine does with an attribute by the basic profile."
-    return '' if tag >> 16 == 2 or (a := basic_action(tag)) == 'K' else a
+) -> str:  # 'X', 'Z/D' …; '' where it is left alone
+    "What the engine does with an attribute by the basic profile; of the file's own head, which is written anew, what the table says."
+    if tag >> 16 == 2 and tag not in make_plan(()): return ''
+    return '' if (a := basic_action(tag)) == 'K' else a
 
 # %% ../../nbs/edge/00_inspect.ipynb #76c8be4e
 def _name(tag):
