@@ -26,6 +26,7 @@ from pydicom.uid import UID
 import dicom_files as df
 
 WORD, ROOT, NUMBER, YEAR = 'QZXMKWVJ', '2.25.73797379', 17379, 1937   # how text, UIDs, numbers and dates begin
+LETTERS = str.maketrans('0123456789', 'ABCDEFGHIK')   # the digits of a person's mark
 _text = {'AE', 'CS', 'LO', 'LT', 'PN', 'SH', 'ST', 'UC', 'UR', 'UT'}
 
 
@@ -37,6 +38,7 @@ class Marks:
         self.where[n] = where
         return n
     def word(self, where): return f'{WORD}{self._next(where):05d}'
+    def person(self, where): return f'{WORD}{self._next(where):05d}'.translate(LETTERS)   # without digits, so that its letters are nobody else's
     def uid(self, where): return f'{ROOT}{self._next(where):05d}'
     def number(self, where): return f'{NUMBER}{self._next(where):05d}'
     def date(self, where):
@@ -48,7 +50,7 @@ class Marks:
 
     def value(self, vr, where):
         "A mark for an element; None where the VR takes none"
-        if vr == 'PN': return f'{self.word(where)}^{WORD}JANE'
+        if vr == 'PN': return f'{self.person(where)}^{WORD}JANE'
         if vr == 'UI': return self.uid(where)
         if vr == 'DA': return self.date(where)
         if vr == 'DT': return self.date(where) + '110203.737379'
@@ -94,7 +96,7 @@ def private(ds, marks, where='private'):
         for k, vr in enumerate(('LO', 'PN', 'UN', 'LT', 'DA', 'UI', 'DS', 'OB', 'UT')): block.add_new(k + 1, vr, marks.value(vr, f'{where}/{group:04x}/{vr}'))
         inner, deeper = Dataset(), Dataset()
         deeper.private_block(0x11, marks.word(f'{where}/nested creator'), create=True).add_new(1, 'LO', marks.word(f'{where}/{group:04x}/nested private'))
-        inner.PatientName, inner.ReferencedPatientSequence = marks.word(f'{where}/{group:04x}/nested name'), Sequence([deeper])
+        inner.PatientName, inner.ReferencedPatientSequence = marks.person(f'{where}/{group:04x}/nested name'), Sequence([deeper])
         block.add_new(0x20, 'SQ', Sequence([inner]))
     return ds
 
@@ -134,7 +136,7 @@ def mark_file(path, marks, who, where='image', nested=True):
     names = {'ImageType', 'ViewPosition', 'ImageLaterality', 'PatientOrientation', 'StudyDate', 'Manufacturer', 'ManufacturerModelName'}
     for e in marks.images[kind]:
         if e.tag not in ds or e.VR in _text | {'DA', 'DT', 'TM', 'UI'} and e.keyword not in names: ds[e.tag] = e
-    ds.PatientID, ds.PatientName, ds.AccessionNumber = f'{marks.word(f"{where}/PatientID")}{who[-3:]}', f'{marks.word(f"{where}/PatientName")}^{who}', f'{marks.word(f"{where}/Accession")}{who[-3:]}'
+    ds.PatientID, ds.PatientName, ds.AccessionNumber = f'{marks.word(f"{where}/PatientID")}{who[-3:]}', f'{marks.person(f"{where}/PatientName")}^{who}', f'{marks.word(f"{where}/Accession")}{who[-3:]}'
     path.write_bytes(saved(ds, marks, where))
 
 
@@ -150,7 +152,7 @@ def small(marks, where, uid, **header):
     "A small image, marked"
     ds = filled(marks, df.EXPLICIT)
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = uid
-    ds.PatientID, ds.PatientName = marks.word(f'{where}/PatientID'), marks.word(f'{where}/PatientName')
+    ds.PatientID, ds.PatientName = marks.word(f'{where}/PatientID'), marks.person(f'{where}/PatientName')
     for k, v in header.items():
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
@@ -177,7 +179,7 @@ def report(marks):
     items = []
     for k in range(6):
         i = Dataset()
-        i.ValueType, i.TextValue, i.PersonName = 'TEXT', marks.word(f'sr/TextValue{k}'), marks.word(f'sr/PersonName{k}')
+        i.ValueType, i.TextValue, i.PersonName = 'TEXT', marks.word(f'sr/TextValue{k}'), marks.person(f'sr/PersonName{k}')
         code = Dataset()
         code.CodeValue, code.CodingSchemeDesignator, code.CodeMeaning = marks.word(f'sr/Code{k}'), '99X', marks.word(f'sr/CodeMeaning{k}')
         i.ConceptNameCodeSequence, i.ContentSequence = Sequence([code]), Sequence(items[-1:])
@@ -243,7 +245,7 @@ def broken_files(marks):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
             ds.SpecificCharacterSet = cs
-        ds.PatientName, ds.PatientComments = f'{marks.word(where)}^{WORD}é', f'{marks.word(where)} é'
+        ds.PatientName, ds.PatientComments = f'{marks.person(where)}^{WORD}é', f'{marks.word(where)} é'
         try: data = saved(ds, marks, where)
         except Exception: data = plain(where)
         out[f'charset-{len(out)}.dcm'] = data.replace(b'\xc3\xa9', b'\xff\xfe')
@@ -285,21 +287,23 @@ def _spellings(word):
 
 class Search:
     "Finds marks in bytes and in what they hold"
-    def __init__(self, marks): 
+    def __init__(self, marks, allowed=lambda where: False, dates=True):
+        "`allowed`: whether the number of a field may be found; `dates`: look for them, too"
         self.marks, self.files, self.bytes = marks, 0, 0
+        self.allowed = {int(f'{NUMBER}{n:05d}') for n, where in marks.where.items() if allowed(where)}
         self.guises = {g: w for w in (WORD, ROOT) for g in _spellings(w)}
         days = set(marks.dates) | {f'{YEAR}0214'}
         iso = {f'{d[:4]}-{d[4:6]}-{d[6:]}' for d in days} | {f'{d[6:]}.{d[4:6]}.{d[:4]}' for d in days} | {f'{d[4:6]}/{d[6:]}/{d[:4]}' for d in days}
-        self.days = days | iso
+        self.days = days | iso if dates else set()
         self.plain = re.compile((rf'(?<![0-9.]){NUMBER}[0-9]{{5}}(?![0-9])|(?<![0-9]){YEAR}[-./]?[01][0-9][-./]?[0-3][0-9](?![0-9])|'
                                  rf'(?<![0-9])[0-3][0-9][./][0-3][0-9][./]{YEAR}(?![0-9])').encode())
-        whole = [n for n in range(int(f'{NUMBER}00001'), int(f'{NUMBER}00001') + len(marks.where))]
+        whole = [n for n in range(int(f'{NUMBER}00001'), int(f'{NUMBER}00001') + len(marks.where)) if n not in self.allowed]
         self.numbers = [np.array(sorted(struct.unpack('<q', struct.pack(f, kind(n)))[0] for n in whole)) for f, kind in (('<q', int), ('>q', int), ('<d', float), ('>d', float))]
 
     def name(self, text):
         "Which field a mark stands for"
-        m = re.search(rf'(?:{WORD}|{re.escape(ROOT)}|{NUMBER})(\d{{5}})', text.upper())
-        return self.marks.where.get(int(m[1]), '?') if m else '?'
+        m = re.search(rf'(?:{WORD}|{re.escape(ROOT)}|{NUMBER})(\d{{5}}|[A-IK]{{5}})', text.upper())
+        return self.marks.where.get(int(m[1].translate({v: k for k, v in LETTERS.items()})), '?') if m else '?'
 
     def found(self, data):
         "Marks in bytes as they lie there: `[(guise, field)]`"
@@ -309,7 +313,7 @@ class Search:
             if at >= 0: out.append((w, self.name(data[at:at + 40].decode('latin-1').replace('\0', ''))))
         for m in self.plain.finditer(data):
             t = m[0].decode()
-            if t in self.days or t.isdigit() and t.startswith(str(NUMBER)): out.append(('number or date', f'{self.name(t)} {t}'))
+            if t in self.days or t.isdigit() and t.startswith(str(NUMBER)) and int(t) not in self.allowed: out.append(('number or date', f'{self.name(t)} {t}'))
         for k in range(8) if len(self.numbers) else ():
             x = np.frombuffer(data, '<i8', offset=k, count=max(0, (len(data) - k) // 8)) if len(data) >= k + 8 else np.zeros(0, '<i8')
             for n in self.numbers:

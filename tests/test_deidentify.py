@@ -487,6 +487,37 @@ def test_comments_in_a_codestream_are_blanked(tmp_path):
         assert b'DOE' not in r.path.read_bytes() and np.array_equal(read_frame(r.path).pixels, px)
 
 
+# --- the form
+
+def loose(ts=df.EXPLICIT):
+    "Somebody's file in another form: undefined lengths, texts padded with more than they need or with zeros, group lengths, padding behind the pixels"
+    ds = mammogram(ts, BodyPartExamined='BREAST', Manufacturer='ACME', KVP='29', ImageType=['ORIGINAL', 'PRIMARY'],
+                   ViewCodeSequence=[df.sequence_item(CodeValue='1', CodeMeaning='view', ViewModifierCodeSequence=[df.sequence_item(CodeValue='x')])])
+    for e in (ds['ViewCodeSequence'], ds.ViewCodeSequence[0]['ViewModifierCodeSequence']):
+        e.is_undefined_length = e.value[0].is_undefined_length_sequence_item = True
+    ds.add_new(0xfffcfffc, 'OB', b'\0' * 64)
+    data = df.content(ds)
+    for k, v in dict(BodyPartExamined=b'BREAST      ', Manufacturer=b'ACME\0\0', KVP=b'29  ', Modality=b'MG \0', SOPClassUID=ds.SOPClassUID.encode() + b' ').items():
+        at = data.index(struct.pack('<HH', Tag(k).group, Tag(k).element), 200) + (4 if ts == df.IMPLICIT else 6)
+        size = '<I' if ts == df.IMPLICIT else '<H'
+        n, = struct.unpack_from(size, data, at)
+        data = data[:at] + struct.pack(size, len(v)) + v + data[at + struct.calcsize(size) + n:]
+    at = data.index(b'\x10\0\x10\0')  # the patient's group
+    return data[:at] + (b'\x10\0\0\0' + (b'UL\4\0' if ts != df.IMPLICIT else b'\4\0\0\0') + b'\x40\0\0\0') + data[at:]
+
+
+@pytest.mark.parametrize('ts', [df.EXPLICIT, df.IMPLICIT])
+def test_the_form_is_the_one_that_servers_write(ts, tmp_path):
+    data = loose(ts)
+    assert data.count(b'BREAST      ') == 1 == data.count(b'ACME\0\0') and data.count(b'\xfe\xff\xdd\xe0') == 2 and data.endswith(b'\0' * 64)
+    r, new = through(data, tmp_path)
+    got = r.path.read_bytes()
+    assert not got.count(b'\xfe\xff\xdd\xe0') + got.count(b'\xfe\xff\x0d\xe0') + got.count(b'\xfc\xff\xfc\xff') and not any(t.element == 0 for t in new.keys())
+    assert got.endswith(pydicom.dcmread(tmp_path/'in.dcm').PixelData) and new.ViewCodeSequence[0].ViewModifierCodeSequence[0].CodeValue == 'x'
+    held = {k: new.get_item(k).value for k in ('BodyPartExamined', 'Manufacturer', 'KVP', 'Modality', 'SOPClassUID')}
+    assert held == dict(BodyPartExamined=b'BREAST', Manufacturer=b'ACME', KVP=b'29', Modality=b'MG', SOPClassUID=b'1.2.840.10008.5.1.4.1.1.1.2\0')
+
+
 # --- sources, results, the two readers
 
 def test_the_walk_and_pydicom_agree_to_the_byte(tmp_path, monkeypatch):

@@ -209,6 +209,7 @@ def test_headers_are_shown_without_what_they_say(came):
     assert str(ds.PatientName) in inspect.header_table(p, values=True)['value'].to_list()
     t = inspect.header_table(p)
     assert set(t.filter(pl.col('tag').is_in(['(0010,0010)', '(0010,0020)', '(0020,000D)']))['identifying']) - {''} == set(t.filter(pl.col('tag').is_in(['(0010,0010)', '(0010,0020)', '(0020,000D)']))['identifying'])
+    assert [inspect.identifying(t) for t in (0x00020003, 0x00020002, 0x00100010, 0x00091001, 0x50000022, 0x60000010, 0x60003000, 0x00120011, 0x00280010)] == ['U', '', 'Z', *'XXXXX', '']  # patterns, overlays whole, what the standard does not know
     assert t.filter(pl.col('tag') == '(0028,0010)')['identifying'].to_list() == [''] and 'Organ Dose' in inspect.missing(p)
 
 

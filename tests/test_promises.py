@@ -29,4 +29,6 @@ def test_the_figures_that_may_not_move():
     tried = {n: json.loads((ROOT/'nbs'/'data'/'reliability'/f'{n}.json').read_text()) for n in ('hostile', 'kills', 'privacy')}
     assert not any(c['crash'] for c in tried['hostile']['corpora'].values())
     assert tried['kills']['kills'] >= 100 and not tried['kills']['divergences'] + tried['kills']['half_files'] + tried['kills']['left_behind'] + tried['kills']['orphans_that_stayed']
-    assert tried['privacy']['leaks']['marks'] > 1000 and not tried['privacy']['leaks']['leaked_files'] + tried['privacy']['leaks']['leaked_terminal']
+    assert tried['privacy']['leaks']['marks'] > 1000 and not tried['privacy']['leaks']['leaked_files'] + tried['privacy']['leaks']['leaked_terminal'] + tried['privacy']['leaks']['leaked_de_identified']
+    sent = json.loads((ROOT/'nbs'/'data'/'edge'/'ship.json').read_text())['destinations']
+    assert set(sent) == {'stow', 'dimse', 's3'} and all(r['files'] == r['delivered'] == r['dataset_bytes_identical'] >= 1000 and r['kills'] >= 20 and not r['twice'] + r['other_content'] for r in sent.values())

@@ -207,8 +207,8 @@ def test_a_volume_without_a_table_is_walked_once(monkeypatch):
     a = frames()
     ds = dataset(a, df.J2K_LOSSLESS)
     ds.PixelData = encapsulate([df.encode(f, df.J2K_LOSSLESS, 12) for f in a], has_bot=False)
-    walks, walk = [], read._fragments
-    monkeypatch.setattr(read, '_fragments', lambda *x, **k: walks.append(1) or walk(*x, **k))
+    walks, walk = [], read.fragments
+    monkeypatch.setattr(read, 'fragments', lambda *x, **k: walks.append(1) or walk(*x, **k))
     with open_source(content(ds)) as s:
         for i in (2, 0, 3, 1): assert np.array_equal(s.frame(i).pixels, a[i])
     assert len(walks) == 2, 'the table, and the fragments once'

@@ -130,12 +130,29 @@ def test_a_result_saved_by_pydicom_passes_too(plain, packed, written):
     for c in (plain, packed, written): assert c.says(c.fresh()) == []
 
 
+def test_what_goes_beyond_the_table_and_what_becomes_a_dummy_passes_too(tmp_path):
+    c = done(tmp_path, source(PatientAlternativeCalendar='HEBREW', PatientBirthDateInAlternativeCalendar='5715', NTPSourceAddress='10.0.0.1', PersonIdentificationCodeSequence=[item(CodeMeaning='of somebody')]))
+    assert 'PatientAlternativeCalendar' not in c.fresh() and c.fresh().PersonIdentificationCodeSequence[0].CodeMeaning == 'ANONYMIZED'
+    assert verify_file(c.src, c.dst, c.masked, c.options) == []
+
+
 def test_it_shares_no_code_with_the_engine():
     names = [n.module or '' if isinstance(n, ast.ImportFrom) else n.names[0].name for n in ast.walk(ast.parse(Path(verify.__file__).read_text())) if isinstance(n, (ast.Import, ast.ImportFrom))]
     assert not any('edge' in n or 'cohort' in n for n in names) and any('dicom' in n for n in names)
 
 
 # ---- planted faults in one file: (what the engine did, what the verifier has to say)
+
+def open_length(keyword, item=False):
+    "A sequence, or its items, that go on until a delimiter"
+    def make(c):
+        ds = c.fresh()
+        if item:
+            for i in ds[keyword].value: i.is_undefined_length_sequence_item = True
+        else: ds[keyword].is_undefined_length = True
+        return df.content(ds)
+    return make
+
 
 def changed(**kw):
     def f(c):
@@ -322,6 +339,12 @@ FAULTS = dict(
     sequence_is_bytes=(lambda c: (ds := c.fresh(), ds.__delitem__('AnatomicRegionSequence'), ds.add_new('AnatomicRegionSequence', 'OB', b'1234'))[0], 'AnatomicRegionSequence'),
     uid_of_several_lost=(changed(FailedSOPInstanceUIDList=lambda c: c.fresh().FailedSOPInstanceUIDList[:2]), 'number of UIDs'),
     uid_of_several_kept=(changed(FailedSOPInstanceUIDList=lambda c: [*c.fresh().FailedSOPInstanceUIDList[:2], '1.2.826.0.1.55.1.8']), 'holds a UID that is unchanged'),
+    a_sequence_without_a_length=(open_length('ReferencedInstanceSequence'), 'ReferencedInstanceSequence has no length'),
+    an_item_without_a_length=(open_length('ReferencedInstanceSequence', item=True), 'an item of a sequence has no length'),
+    a_group_length=(lambda c: insert(c.dst.read_bytes(), b'\x18\0\x15\0CS', b'\x18\0\0\0UL\4\0\x40\0\0\0'), 'group length'),
+    padding_behind_the_pixels=(lambda c: c.dst.read_bytes() + b'\xfc\xff\xfc\xffOB\0\0\4\0\0\0\0\0\0\0', 'padding'),
+    more_padding_than_needed=(lambda c: c.dst.read_bytes().replace(b'CS\6\0BREAST', b'CS\10\0BREAST  '), 'BodyPartExamined has more or other padding'),
+    padding_of_another_kind=(lambda c: c.dst.read_bytes().replace(b'LO\x08\0Senso 3 ', b'LO\x08\0Senso 3\0'), 'ManufacturerModelName has more or other padding'),
     uid_of_the_standard_replaced=(changed(FailedSOPInstanceUIDList=lambda c: [(l := c.fresh().FailedSOPInstanceUIDList)[0], other_uid(c), l[2]]), 'that the standard defines'),
     one_uid_became_two=(nested('ReferencedInstanceSequence', ReferencedSOPInstanceUID=other_uid), 'another UID than the same one'),
     masked_in_words_only=(changed(BurnedInAnnotation='YES'), 'BurnedInAnnotation has changed'),

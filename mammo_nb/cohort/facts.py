@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'FACTS_VERSION', 'MAX_FRAMES', 'MAX_BAD', 'AT_ONCE', 'PART_ROWS', 'PART_SECONDS', 'GROUP_FILES', 'image_id',
-           'pseudonym', 'known_key', 'cohort_key', 'cohort_tag', 'header_facts', 'not_an_image', 'read_facts',
-           'HeaderCache', 'read_many', 'FactStore', 'collect_facts', 'with_content']
+           'pseudonym', 'known_key', 'cohort_key', 'cohort_tag', 'patient_pseudonym', 'patient_of', 'header_facts',
+           'not_an_image', 'read_facts', 'HeaderCache', 'read_many', 'FactStore', 'collect_facts', 'with_content']
 
 # %% ../../nbs/cohort/05_facts.ipynb #9f2f0ba1
 import functools
@@ -120,13 +120,20 @@ _cbis = re.compile(r'(?:Mass|Calc)-(?:Test|Training)_(P_\d+)_(?:LEFT|RIGHT)_(?:C
 
 def _cbis_patient(text): return m[1] if (m := _cbis.fullmatch(text)) else text
 
-def _patient(ds, key):
-    return _named(_raw(ds, 'PatientID'), key)
-
-def _named(text, key):
-    "The pseudonym of a PatientID, None for a filler. (On 60,000 dashes the pattern would take minutes.)"
+def patient_pseudonym(
+    text: str,  # a PatientID, on one line
+    key: bytes,  # the cohort's
+) -> str | None:  # None: it is empty, or a filler such as ANONYMOUS or 000
+    "What a patient is called in every file that is written."
     text = _cbis_patient(text)
-    return None if len(text) < 100 and _filler.fullmatch(text) else pseudonym(key, text)
+    return None if len(text) < 100 and _filler.fullmatch(text) else pseudonym(key, text)  # on 60,000 dashes the pattern would take minutes
+
+def patient_of(
+    ds: Dataset,  # a header
+    key: bytes,  # the cohort's
+) -> str | None:  # see `patient_pseudonym`
+    "The patient that a header is about, by pseudonym."
+    return patient_pseudonym(_raw(ds, 'PatientID'), key)
 
 _photometric = {'MONOCHROME1', 'MONOCHROME2', 'RGB', 'PALETTE COLOR', 'YBR_FULL', 'YBR_FULL_422', 'YBR_ICT', 'YBR_RCT'}
 
@@ -148,7 +155,7 @@ def header_facts(
     return dict(
         sop_uid=_uid(ds, 'SOPInstanceUID', key), series_uid=_uid(ds, 'SeriesInstanceUID', key),
         study_uid=_uid(ds, 'StudyInstanceUID', key), accession=_hidden(ds, 'AccessionNumber', key, 'accession'),
-        patient=_patient(ds, key), institution=_hidden(ds, 'InstitutionName', key, 'site'),
+        patient=patient_of(ds, key), institution=_hidden(ds, 'InstitutionName', key, 'site'),
         manufacturer=_known(ds, 'Manufacturer', known_vendor, key), model=_known(ds, 'ManufacturerModelName', known_model, key),
         laterality=laterality(ds), view=view_name(ds), rows=number('Rows'), columns=number('Columns'),
         frames=min(frame_count(ds), 2**31 - 1), bits_stored=number('BitsStored'),
@@ -309,7 +316,7 @@ class HeaderCache:
 
     def _accession(self, raw): return pseudonym(self.key, v, 'accession') if (v := _text_of(raw)) else None
 
-    def _patient(self, raw): return _named(_text_of(raw), self.key)
+    def _patient(self, raw): return patient_pseudonym(_text_of(raw), self.key)
 
 @functools.lru_cache(1 << 15)
 def _view_in_patient(raw): return (m := _in_patient.search(raw.rstrip(b'\0 '))) and m.groups()[:2]

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MAX_DEPTH', 'MAX_HEADER', 'MAX_EDGE', 'MIN_RATIO', 'ReadError', 'get_value', 'get_text', 'get_items', 'get_numbers',
            'get_number', 'open_plain', 'read_start', 'split_member', 'zip_members', 'read_blocks', 'is_dicom', 'Source',
-           'open_source', 'read_header', 'read_bytes', 'Layout', 'frame_count', 'layout', 'Frame', 'Stream',
-           'read_frame']
+           'open_source', 'read_header', 'read_bytes', 'Layout', 'frame_count', 'layout', 'Frame', 'native_place',
+           'fragments', 'Stream', 'transfer_syntax', 'read_frame']
 
 # %% ../../nbs/dicom/00_read.ipynb #270c5227
 import inspect
@@ -566,8 +566,12 @@ class Frame:
 # %% ../../nbs/dicom/00_read.ipynb #326191bb
 _ends = 'ends in the middle of its pixel data; the file was cut short.'
 
-def _native_place(s, lay, index):
-    "Where the bytes of an uncompressed frame begin, and how many they are"
+def native_place(
+    s: Source,
+    lay: Layout,  # of its image, see `layout`
+    index: int,  # of the frame
+) -> tuple[int, int]:  # where they begin in `s.file`, and how many they are
+    "The bytes of an uncompressed frame. Raises `ReadError` where there are fewer."
     at, n, _ = s._place
     size = lay.frame_bytes if lay.photometric != 'YBR_FULL_422' else lay.rows * lay.cols * 2 * lay.allocated // 8
     if lay.allocated == 1 and index: raise ReadError('has several frames of single bits, which cannot be read.')
@@ -581,7 +585,7 @@ def _native_place(s, lay, index):
 
 def _native_frame(s, lay, index):
     "The bytes of an uncompressed frame"
-    at, size = _native_place(s, lay, index)
+    at, size = native_place(s, lay, index)
     swap = s._order == '>' and lay.allocated == 8 and s._place[2] == 'OW'  # bytes of big-endian words
     odd = (at - s._place[0]) % 2 if swap else 0
     s.file.seek(at - odd)
@@ -596,8 +600,13 @@ _too_much = 'holds far more compressed data than an image of its size can need.'
 
 def _most(lay): return 2 * lay.frame_bytes + (16 << 20)  # bytes of a codestream; noise grows by a few per cent
 
-def _fragments(s, at, until=None, most=_MAX_TABLE):
-    "Places of the fragments from `at` on: (start of the item, start of its data, length up to `most`), up to byte `until`"
+def fragments(
+    s: Source,
+    at: int,  # where the first one begins in `s.file`
+    until: int | None = None,  # look at those that begin before; None: all
+    most: int = _MAX_TABLE,  # bytes that one may have
+) -> tuple[list, bool]:  # (start of the item, start of its data, length) of each; whether an end mark was found
+    "Where the pieces of compressed pixel data lie. Raises `ReadError` where they are not divided as they should be."
     out, size = [], s.file.size if isinstance(s.file, _Bounded) else None
     while until is None or at < until:
         s.file.seek(at)
@@ -627,7 +636,7 @@ def _starts(s, frags):
 # %% ../../nbs/dicom/00_read.ipynb #5a4fcc85
 def _index(s, lay):
     "Where the frames' fragments are, worked out once per file: `(byte where each frame begins, None)` or `(None, each frame's fragments)`"
-    tables, _ = _fragments(s, s._place[0], until=s._place[0] + 1)
+    tables, _ = fragments(s, s._place[0], until=s._place[0] + 1)
     if not tables: raise ReadError('holds no pixel data.')
     _, at, n = tables[0]
     s.file.seek(at)
@@ -638,7 +647,7 @@ def _index(s, lay):
     sound = len(offsets) == lay.frames and offsets[0] == 0 and all(a < b for a, b in zip(offsets, offsets[1:]))
     inside = s.file.size if isinstance(s.file, _Bounded) else s.limit
     if sound and first + offsets[-1] < inside: return [first + o for o in offsets], None
-    frags, _ = _fragments(s, first, most=_most(lay))
+    frags, _ = fragments(s, first, most=_most(lay))
     if lay.frames == 1: return None, [frags]
     starts = list(range(len(frags))) if len(frags) == lay.frames else _starts(s, frags)
     return None, [frags[a:b] for a, b in zip(starts, [*starts[1:], len(frags)])]
@@ -647,7 +656,7 @@ def _encapsulated_frame(s, lay, index):
     "The codestream of a compressed frame, its fragments joined"
     if '_frames' not in s.__dict__: s._frames = _index(s, lay)
     offsets, frames = s._frames
-    if offsets: frags, _ = _fragments(s, offsets[index], offsets[index + 1] if index + 1 < lay.frames else None, _most(lay))
+    if offsets: frags, _ = fragments(s, offsets[index], offsets[index + 1] if index + 1 < lay.frames else None, _most(lay))
     elif index >= len(frames): raise ReadError(f'claims {lay.frames} frames and holds {len(frames)}.')
     else: frags = frames[index]
     if not frags: raise ReadError('holds no pixel data.')
@@ -918,8 +927,10 @@ def _decoder(ts, data):
     if data[:4] == b'\xff\x4f\xff\x51' or data[4:8] == b'jP  ': return fn if fn is _htj2k else _jpeg2000
     return fn
 
-def _syntax(ds):
-    "The transfer syntax as text; where it is missing, as the header was found to be encoded"
+def transfer_syntax(
+    ds: Dataset,  # a header, as `read_header` gives it
+) -> str:  # a UID
+    "The transfer syntax; where the header does not name it, as it was found to be encoded."
     ts = str(get_value(getattr(ds, 'file_meta', None) or Dataset(), 'TransferSyntaxUID', ''))
     if ts: return ts
     implicit, little = ds.original_encoding
@@ -973,7 +984,7 @@ _colours = {'RGB', 'YBR_FULL', 'YBR_FULL_422', 'YBR_ICT', 'YBR_RCT'}
 
 def _decode(s, lay, data, reduce_to):
     "One frame's bytes to `(values, bits, scale)`: the fast decoder first, pydicom's where it does not fit"
-    ts, (_, n, vr) = _syntax(s.header), s._place
+    ts, (_, n, vr) = transfer_syntax(s.header), s._place
     if n is not None: fn = (lambda d, l: _native(d, l, s._order))
     else: fn = _decoder(ts, data)
     grey = lay.samples == 1 and lay.photometric != 'PALETTE COLOR'
@@ -1052,7 +1063,7 @@ def _rows(s, lay, index):
     plain = isinstance(s.file, _Bounded) and isinstance(s.file.f, io.BufferedReader) and s._place[1] is not None and 0 <= index < lay.frames
     if not hasattr(os, 'preadv') or not plain or lay.samples != 1 or lay.photometric == 'PALETTE COLOR' or lay.allocated not in (8, 16): return None
     if (s._order == '>' or sys.byteorder == 'big') and (lay.allocated == 16 or s._place[2] == 'OW'): return None
-    at, _ = _native_place(s, lay, index)
+    at, _ = native_place(s, lay, index)
     rows = _Rows(s.file.f.fileno(), at, (lay.rows, lay.cols), f'u{lay.allocated // 8}')
     return Frame(rows, s.header, 1., lay.stored, lay.shift, lay.signed, index, (lay.rows, lay.cols))
 

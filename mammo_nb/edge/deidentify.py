@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EDITION', 'PROFILE', 'CODES', 'SAFE', 'IMPLEMENTATION', 'LOSSLESS', 'Rule', 'make_plan', 'choose', 'new_uid',
-           'shift_days', 'shifted', 'clean_words', 'read_elements', 'Deidentified', 'Deidentifier', 'encode',
-           'text_boxes', 'paint', 'new_name']
+           'shift_days', 'shifted', 'clean_words', 'read_elements', 'Deidentified', 'Deidentifier', 'other_action',
+           'basic_action', 'encode', 'text_boxes', 'paint', 'new_name']
 
 # %% ../../nbs/edge/01_deidentify.ipynb #173c65bc
 import csv
@@ -36,12 +36,12 @@ from pydicom.tag import BaseTag
 from pydicom.uid import UID_dictionary
 
 from .. import __version__
-from ..cohort.facts import _named, _patient, pseudonym
+from ..cohort.facts import patient_of, patient_pseudonym, pseudonym
 from ..core.engine import atomic_path, plain_reason
 from ..core.settings import Settings
 from ..dicom import text
 from ..dicom.display import render
-from ..dicom.read import MAX_HEADER, ReadError, Source, _fragments, _native_place, _syntax, layout
+from ..dicom.read import MAX_HEADER, ReadError, Source, fragments, layout, native_place, transfer_syntax
 from ..dicom.text import find_text, hide_text
 
 # %% ../../nbs/edge/01_deidentify.ipynb #8cfb33b4
@@ -304,7 +304,7 @@ def _unpacked(ds, most, level=0):
 def _parsed(s, most):
     "The header of Source `s` by pydicom"
     ds = s.header
-    meta, (implicit, order), syntax = {int(t): _taken(ds.file_meta, t) for t in ds.file_meta._dict}, _encoding(ds), _syntax(ds)
+    meta, (implicit, order), syntax = {int(t): _taken(ds.file_meta, t) for t in ds.file_meta._dict}, _encoding(ds), transfer_syntax(ds)
     if isinstance(s._place, tuple) and s._place[1] is not None and not s.deflated: syntax = '1.2.840.10008.1.2' + ('' if implicit else '.1' if order == '<' else '.2')
     return _Header(_unpacked(ds, most), meta, syntax, implicit, order)
 
@@ -328,8 +328,8 @@ def _text(elements, keyword):
 def _person(key, elements):
     "The pseudonym of the person that elements are about, the manifest's `patient_id`; None where they don't say"
     value = elements.get(_tag['PatientID'], ('', b''))[1]
-    if isinstance(value, bytes) and value.isascii() and b'\\' not in value: return _named(' '.join(value.decode().replace('\0', ' ').split()), key) if value else None
-    return _patient(_as_dataset({t: elements[t] for t in (_tag['SpecificCharacterSet'], _tag['PatientID']) if t in elements}), key)
+    if isinstance(value, bytes) and value.isascii() and b'\\' not in value: return patient_pseudonym(' '.join(value.decode().replace('\0', ' ').split()), key) if value else None
+    return patient_of(_as_dataset({t: elements[t] for t in (_tag['SpecificCharacterSet'], _tag['PatientID']) if t in elements}), key)
 
 class _Job:
     "One file's state: whose it is, what kind, how its dates move; what was done, what must not be left"
@@ -364,17 +364,30 @@ class Deidentifier:
     def __reduce__(self): return Deidentifier, (self.settings, self.key)
 
 # %% ../../nbs/edge/01_deidentify.ipynb #129e8312
+def other_action(
+    tag: int,  # an attribute that the table does not name by itself
+    vr: str = '',  # in the file
+) -> str:  # 'X', 'Z' or 'K'
+    "The table's patterns (private attributes, curves, overlays), and caution: what the standard does not know goes, and so does a person's name that the table forgets."
+    group = tag >> 16
+    if group & 1 or 0x5000 <= group < 0x5100 or 0x6000 <= group < 0x6100: return 'X'
+    if not tag & 0xffff or group <= 6 or tag not in _vr: return 'X'
+    return 'Z' if vr == 'PN' or _vr[tag] == 'PN' else 'K'
+
+def basic_action(
+    tag: int,
+    vr: str = '',  # in the file
+) -> str:  # 'K' where it leaves it alone; may be a choice, see `choose`
+    "What the basic profile does with an attribute."
+    return _rules[tag].basic if tag in _rules else make_plan(()).get(tag) or other_action(tag, vr)
+
 @patch
 def action(self: Deidentifier,
     tag: int,
     vr: str = '',  # in the file
 ) -> str:  # 'X', 'Z', 'D', 'U', 'K', or what an option makes of it; may be a choice, see `choose`
     "What is done with an attribute of the standard."
-    if (a := self.plan.get(tag)) is not None: return a
-    group = tag >> 16
-    if 0x5000 <= group < 0x5100 or 0x6000 <= group < 0x6100: return 'X'
-    if not tag & 0xffff or group <= 6 or tag not in _vr: return 'X'
-    return 'Z' if vr == 'PN' or _vr[tag] == 'PN' else 'K'
+    return a if (a := self.plan.get(tag)) is not None else other_action(tag, vr)
 
 @patch
 def _cleaned(self: Deidentifier, elements, job):
@@ -561,6 +574,8 @@ def dataset(self: Deidentifier,
 # %% ../../nbs/edge/01_deidentify.ipynb #bdaa035f
 IMPLEMENTATION = '2.25.' + str(int.from_bytes(hashlib.sha256(b'mammo_nb').digest()[:16]))
 
+_padding = _texts | _dates | {'UI', 'AS', 'DS', 'IS', 'UR'}  # VRs that end in padding
+
 @functools.cache
 def _heads(order): return struct.Struct(order + 'HHI').pack, struct.Struct(order + 'HH2sH').pack, struct.Struct(order + 'HH2s2xI').pack
 
@@ -575,6 +590,7 @@ def encode(
         if isinstance(value, list):
             vr, items = 'SQ', [encode(i, implicit, order) for i in value]
             value = b''.join(head(0xfffe, 0xe000, len(i)) + i for i in items)
+        elif vr in _padding: value = _padded(value.rstrip(b' \0'), vr)
         elif len(value) % 2: value = _padded(value, vr)
         g, e = tag >> 16, tag & 0xffff
         if implicit: out.append(head(g, e, len(value)))
@@ -637,7 +653,7 @@ def _without_comments(data):
 def _packed_pixels(s):
     "Compressed pixels as they are"
     yield _pixel_head(False, '<', 'OB', _endless)
-    frags, _ = _fragments(s, s._place[0], most=1 << 31)
+    frags, _ = fragments(s, s._place[0], most=1 << 31)
     if len(frags) < 2: raise ReadError('holds no pixel data.')
     for i, (_, at, n) in enumerate(frags):
         yield struct.pack('<HHI', 0xfffe, 0xe000, n)
@@ -753,7 +769,7 @@ def _native_pixels(s, lay, implicit, order, boxes=(), drop=0, planar=False):
     elif lay.allocated == 1 or lay.photometric == 'YBR_FULL_422' or order == '>' and lay.allocated == 8 and vr == 'OW': raise ReadError(_stuck)
     else:
         for i in range(lay.frames):
-            a = np.frombuffer(b''.join(_pieces(s, *_native_place(s, lay, i))), f'{order}u{lay.allocated // 8}').copy()
+            a = np.frombuffer(b''.join(_pieces(s, *native_place(s, lay, i))), f'{order}u{lay.allocated // 8}').copy()
             if drop: a &= a.dtype.type(~drop & (1 << lay.allocated) - 1)
             a = a.reshape((lay.samples, lay.rows, lay.cols) if planar else (lay.rows, lay.cols, lay.samples))
             paint(np.moveaxis(a, 0, 2) if planar else a, [b for b in boxes if b[0] == i])

@@ -7,7 +7,6 @@ __all__ = ['GROUPS', 'EXPECTED', 'identifying', 'header_table', 'missing', 'head
            'change_table', 'show_pair', 'Viewer']
 
 # %% ../../nbs/edge/00_inspect.ipynb #80ba5fdb
-import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,7 +26,7 @@ from ..core.settings import MammoError
 from ..dicom.display import render, shrink
 from ..dicom.read import ReadError, get_text, get_value, open_source
 from ..dicom.text import find_text, framed, hide_text
-from .deidentify import PROFILE
+from .deidentify import basic_action, make_plan
 
 # %% ../../nbs/edge/00_inspect.ipynb #9f4a8fda
 GROUPS = {0x0002: 'file', 0x0008: 'study and series', 0x0010: 'patient', 0x0012: 'trial, de-identification', 0x0018: 'acquisition', 0x0020: 'relations', 0x0028: 'picture', 0x0032: 'request',
@@ -36,19 +35,12 @@ EXPECTED = ('SOPClassUID SOPInstanceUID StudyInstanceUID SeriesInstanceUID Patie
             'ManufacturerModelName DeviceSerialNumber StationName ImageLaterality ViewCodeSequence PatientOrientation ImageType KVP Exposure BodyPartThickness CompressionForce OrganDose '
             'EntranceDoseInmGy BurnedInAnnotation Rows Columns BitsStored PhotometricInterpretation PixelSpacing ImagerPixelSpacing WindowCenter PresentationIntentType').split()
 
-@functools.cache
-def _actions():
-    "{tag: action of the basic profile} of the table, without its patterns"
-    return {int(r.tag[1:5] + r.tag[6:10], 16): r.basic for r in PROFILE if 'x' not in r.tag.lower()}
-
 def identifying(
     tag: int,
-) -> str:  # 'X', 'Z/D' …; '' where the table leaves it alone
-    "What the basic profile does with an attribute; private ones and overlays by their patterns."
-    group = tag >> 16
-    if group % 2 and group > 8: return 'X'
-    if 0x5000 <= group < 0x5100 or 0x6000 <= group < 0x6100 and tag & 0xffff in (0x3000, 0x4000): return 'X'
-    return _actions().get(tag, '')
+) -> str:  # 'X', 'Z/D' …; '' where it is left alone
+    "What the engine does with an attribute by the basic profile; of the file's own head, which is written anew, what the table says."
+    if tag >> 16 == 2 and tag not in make_plan(()): return ''
+    return '' if (a := basic_action(tag)) == 'K' else a
 
 # %% ../../nbs/edge/00_inspect.ipynb #76c8be4e
 def _name(tag):

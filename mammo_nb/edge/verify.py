@@ -88,9 +88,11 @@ class _Walk:
             if tag in (_item_end, _seq_end, _item) and not (self.lenient and not depth and last >= 0x7fe00000): raise _Broken('an end mark stands where none belongs')
             if tag <= last: self.odd.append(f'{_name(tag)} is out of order or there twice')
             if tag >> 16 & 0xff01 == 0 and tag >> 16 < 8 and tag >> 16 != 2: self.odd.append('an element of a command group is in the dataset')
+            if not tag & 0xffff or tag == 0xfffcfffc: self.odd.append(f'{_name(tag)} is a group length or padding, which servers leave out')
             try:
                 e = _Element(tag, vr, start, self.value_end(tag, vr, n, start, end))
                 self.look_inside(e, n, explicit, depth)
+                self.form(e, n)
             except _Broken:
                 if self.lenient and not depth and last >= 0x7fe00000: break
                 if not self.lenient or depth or tag != 0x7fe00010: raise
@@ -106,6 +108,15 @@ def value_end(self: _Walk, tag, vr, n, start, end):
     if n % 2: self.odd.append(f'{_name(tag)} has an odd length')
     if n > end - start: raise _Broken(f'{_name(tag)} is longer than what it lies in')
     return start + n
+
+@patch
+def form(self: _Walk, e, n):
+    "Minds what servers would write in another way, so that other bytes came back"
+    if n == _open and e.tag >> 16 != 0x7fe0: self.odd.append(f'{_name(e.tag)} has no length, so that servers write it anew')
+    if e.vr not in _text or self.lenient: return
+    v = bytes(self.buf[e.start:e.stop])
+    said = v.rstrip(b' \0')
+    if v not in (said, said + (b'\0' if e.vr == 'UI' else b' ')): self.odd.append(f'{_name(e.tag)} has more or other padding than it needs')
 
 @patch
 def look_inside(self: _Walk, e, n, explicit, depth):
@@ -136,6 +147,7 @@ def items_of(self: _Walk, at, end, explicit, depth):
         if tag == _seq_end and end is None: return items, start
         if tag != _item: raise _Broken('a sequence holds something else than items')
         if n != _open and n > stop - start: raise _Broken('an item is longer than its sequence')
+        if n == _open: self.odd.append('an item of a sequence has no length, so that servers write it anew')
         ds, at = self.dataset(start, stop if n == _open else start + n, explicit, n == _open, depth + 1)
         items.append(ds)
     if end is None: raise _Broken('a sequence has no end')
@@ -236,6 +248,9 @@ _always = frozenset(map(tag_for_keyword, '''PatientName PatientID PatientBirthDa
 _device = frozenset(map(tag_for_keyword, '''DeviceSerialNumber StationName DeviceUID DetectorID GantryID PlateID CassetteID GeneratorID
     UniqueDeviceIdentifier XRaySourceID XRayDetectorID'''.split()))
 
+_forgotten = frozenset(map(tag_for_keyword, '''IssuerOfPatientIDQualifiersSequence PatientBirthDateInAlternativeCalendar PatientDeathDateInAlternativeCalendar PatientAlternativeCalendar
+    RequestingPhysicianIdentificationSequence NTPSourceAddress'''.split()))  # the table does not name them, though they say something of somebody: gone is right, too
+
 @lru_cache(maxsize=4096)
 def _rule(
     tag: int,
@@ -247,6 +262,7 @@ def _rule(
     if 0x6000 <= tag >> 16 < 0x6020: return frozenset('X')  # what an overlay says of itself goes with the overlay
     if r is None:
         if tag in _always or tag in _device: return frozenset('XZDU')
+        if tag in _forgotten: return frozenset('XK')
         return frozenset('K' if _known_vr(tag) else 'X')
     basic = frozenset(r['basic']) & frozenset('XZDU')
     out = set()
@@ -509,7 +525,7 @@ def leaf(self: _Pair, tag, o, n, charsets, where, dummy):
     if letters <= {'X'}: self.say(f'{where} is still there, though the profile removes it.')
     elif not b: self.emptied(tag, vr, a, charsets, letters, where, dummy)
     elif a == b: self.kept(tag, vr, a, n, letters, where, dummy)
-    else: self.changed(tag, vr, a, b, charsets, letters, where)
+    else: self.changed(tag, vr, a, b, charsets, letters, where, dummy)
 
 @patch
 def emptied(self: _Pair, tag, vr, a, charsets, letters, where, dummy):
@@ -531,15 +547,15 @@ def kept(self: _Pair, tag, vr, a, n, letters, where, dummy):
         if not _nobody.fullmatch(a.decode('latin-1')[:128]): self.say(f'{where} is unchanged.')
 
 @patch
-def changed(self: _Pair, tag, vr, a, b, charsets, letters, where):
-    "The value is another one"
+def changed(self: _Pair, tag, vr, a, b, charsets, letters, where, dummy=False):
+    "The value is another one; `dummy`: in a sequence that may be a dummy"
     old, new = (_decode(v, vr, c).strip(' \0') for v, c in zip((a, b), charsets))
     if vr == 'UI' and ('U' in letters or 'P' in letters): return self.uid(old, new, where)
     if vr in ('DA', 'DT') and 'C' in letters and (_row(tag) or {}).get('modified_dates') == 'C': return self.date(old, new, vr, where, letters)
     if 'P' in letters: self.noted.devices[_name(tag), old] = new
     if letters == set('CXZ'):
         if more := set(_tokens(new)) - set(_tokens(old)) - _placeholders: self.say(f'{where} says something that it did not say before ({len(more)} words).')
-    elif letters & set('DZP'):
+    elif letters & set('DZP') or dummy:
         if len(old) >= 4 and old.casefold() in new.casefold(): self.say(f'{where} still contains its original value.')
         if vr in _free and any(h in new.lower() for h in _hashes(old) if '.' not in h): self.say(f'{where} is a hash without a key, which can be reversed by trying.')
     elif 'C' in letters and vr == 'TM' or 'K' in letters:

@@ -2,6 +2,7 @@
 
     python tests/benchmarks/fleet.py --table           makes mammo_nb/edge/static/cusum.csv (some minutes)
     python tests/benchmarks/fleet.py --save            1,000 fleets of each kind, to nbs/data/edge/fleet.json
+    python tests/benchmarks/fleet.py --possible --save what charts of studies could find at all (a minute), to the same file
 """
 import argparse
 import json
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+from scipy.special import ndtri
+from scipy.stats import norm
 
 from mammo_nb.edge import fleet
 
@@ -94,6 +97,34 @@ def silent_fleets(fleets, kind='plain', baseline=200, periods=1, first=10**6):
     return [rate(int(c), int(n)) for c, n in zip(counts, left)]
 
 
+# --- what is possible in studies of four that resemble each other
+
+def study_charts(n, rng, shift=0., alike=.4, per=4, baseline=200, watched=104):
+    "Highest points of single charts as `watch` makes them, alikeness known: in the first twelve studies and in the next"
+    def values(k): return (np.sqrt(alike)*rng.standard_normal((n, k//per, 1)) + np.sqrt(1 - alike)*rng.standard_normal((n, k//per, per))).reshape(n, k)
+    b, x, own = np.sort(values(baseline), 1), values(watched) + shift, np.arange(n)[:, None]*100.
+    rank = np.searchsorted((b + own).ravel(), (x + own).ravel()).reshape(x.shape) - np.arange(n)[:, None]*baseline
+    up, down = fleet.cusum(ndtri((rank + .5)/(baseline + 1)).reshape(n, watched//per, per).mean(2), per/(1 + (per - 1)*alike))
+    both = np.maximum(up, down)
+    return both[:, :12].max(1), both[:, 12:24].max(1), up[:, :12].max(1)
+
+
+def possible(seed=5, alike=.4, charts=200_000, baseline=200, asked=.05):
+    """Twelve studies (48 scans) after a shift of one SD: the best test there is, which is told when the shift began and looks once, at the end, at the mean of all scans
+    (most powerful by Neyman and Pearson, so no chart of whatever kind finds more); and single charts by their height"""
+    each, total, rng = 1 + 3*alike, SCANNERS*len(FEATURES), np.random.default_rng(seed)
+    z = norm.isf((1 - (1 - asked)**(1/total))/2)
+    best = lambda n, of: round(float(norm.sf(z - 1/np.sqrt(of/n + of/baseline))), 3)
+    silent = [study_charts(5000, rng, alike=alike) for _ in range(charts//5000)]
+    first, later = (np.concatenate([s[k] for s in silent]) for k in (0, 1))
+    hit = np.concatenate([study_charts(5000, rng, 1., alike)[2] for _ in range(4)])
+    fleets = lambda p: round(float(1 - (1 - p)**total), 4)
+    now = fleet.height(baseline/each, total, asked, each)
+    table = [dict(height=round(float(h), 1), found=round(float((hit >= h).mean()), 3), false_alarms_first=fleets((first >= h).mean()), false_alarms_later=fleets(((later >= h) & (first < h)).mean()/(first < h).mean()))
+             for h in (now, *np.arange(9, 14, .5))]
+    return dict(scans=48, worth=round(48/each, 1), best_test=best(48, each), best_test_of_independent_scans=best(48, 1), charts=charts, now=table[0], by_height=table[1:])
+
+
 # --- simpler ways, on the last fifty scans of each scanner
 
 def robust_z(df):
@@ -153,12 +184,14 @@ if __name__ == '__main__':
     a.add_argument('--save', action='store_true')
     a.add_argument('--fleets', type=int, default=1000)
     a.add_argument('--quick', action='store_true')
+    a.add_argument('--possible', action='store_true')
     a = a.parse_args()
     if a.table: make_table()
     else:
-        out = campaign(a.fleets, a.quick)
-        print(json.dumps(out, indent=1))
+        path = ROOT/'nbs'/'data'/'edge'/'fleet.json'
+        known = json.loads(path.read_text()) if path.exists() else {}
+        out = known | dict(possible_in_studies=possible()) if a.possible else {k: v for k, v in known.items() if k == 'possible_in_studies'} | campaign(a.fleets, a.quick)
+        print(json.dumps(out['possible_in_studies'] if a.possible else out, indent=1))
         if a.save:
-            path = ROOT/'nbs'/'data'/'edge'/'fleet.json'
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(out, indent=1) + '\n')

@@ -1,6 +1,5 @@
 """MIDI-B's ten checks on phantom files with planted identifiers, each against an answer key made here: nothing of the engine and nothing of the verifier is used to judge.
     python tests/faults/edge_midi.py --files 200 --save"""
-import argparse
 import json
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pydicom.multival import MultiValue
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from conftest import ROOT
+from faults import arguments
 from mammo_nb.core.engine import utc_now, write_json
 from mammo_nb.core.settings import load_settings
 from mammo_nb.dicom.phantom import make_cohort
@@ -206,12 +206,7 @@ def campaign(folder, files=200, size=768, seed=1, say=print):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--files', type=int, default=200)
-    p.add_argument('--size', type=int, default=768, help='long edge of the pictures')
-    p.add_argument('--seed', type=int, default=1)
-    p.add_argument('--save', action='store_true')
-    a = p.parse_args()
+    a = arguments(__doc__, files=200, size=(768, 'long edge of the pictures'))
     with tempfile.TemporaryDirectory() as d: got = dict(made_utc=utc_now(), seed=a.seed, size=a.size, **campaign(Path(d), a.files, a.size, a.seed))
     print(json.dumps(got, indent=1))
     if a.save:

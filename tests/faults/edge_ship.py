@@ -3,7 +3,8 @@ once, as it was.
 
     python tests/faults/edge_ship.py --seed 8 --save
 
-Per destination (STOW-RS and C-STORE to an Orthanc, S3 to a SeaweedFS): what the line did, how often shipper and server were ended, and what the far end holds."""
+Per destination (STOW-RS and C-STORE to an Orthanc, S3 to a SeaweedFS): what the line did, how often shipper and server were ended, and what the far end holds.
+The files are what stage 6 sends, de-identified; `--as-they-are` sends the sources instead, one in four with sequences of undefined length."""
 import argparse
 import json
 import os
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -27,7 +29,10 @@ import pydicom
 from proxy import Fault, Proxy, bad
 from servers import ACCESS, SECRET, Orthanc, Seaweed, free_ports
 
-from mammo_nb.edge.destinations import parcel, same_content
+from mammo_nb.cohort.facts import known_key
+from mammo_nb.core.settings import load_settings
+from mammo_nb.edge.deidentify import Deidentifier
+from mammo_nb.edge.destinations import data_set, parcel, same_content
 from mammo_nb.edge.outbox import Outbox
 
 KINDS = 'stow', 'dimse', 's3'
@@ -35,8 +40,8 @@ SYNTAXES = [df.EXPLICIT, df.IMPLICIT, df.RLE, df.JPEGLL1, df.J2K_LOSSLESS, df.DE
 SHIP = "import json, sys; from mammo_nb.edge.outbox import Outbox; a = json.loads(sys.argv[1]); print(json.dumps(Outbox(a.pop('folder')).ship(desc=None, **a)))"
 
 
-def make_files(folder, n, seed=0, plain=False, least=24, most=400):
-    "`n` small images in several transfer syntaxes; one in four has sequences of undefined length, unless `plain`"
+def make_files(folder, n, seed=0, plain=False, least=24, most=400, loose=False):
+    "`n` small images in several transfer syntaxes; one in four has sequences of undefined length, unless `plain`; `loose`: one in three pads its texts more than it needs"
     rng, out = np.random.default_rng(seed), []
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
@@ -48,9 +53,20 @@ def make_files(folder, n, seed=0, plain=False, least=24, most=400):
         ds.ViewCodeSequence = [df.sequence_item(CodeValue='399162004', CodingSchemeDesignator='SCT', CodeMeaning='view', ViewModifierCodeSequence=[df.sequence_item(CodeValue='x')])]
         if i % 4 == 3 and not plain:
             ds['ViewCodeSequence'].is_undefined_length = ds.ViewCodeSequence[0].is_undefined_length_sequence_item = True
+        if loose and i % 3 == 2:
+            ds.BodyPartExamined, ds.KVP, ds.Manufacturer = 'BREAST    ', '29  ', 'Acme    '
+            ds.add_new(0xfffcfffc, 'OB', bytes(64))  # behind the pixels
         (p := folder/f'{i:04}.dcm').write_bytes(df.content(ds))
         out.append(p)
     return out
+
+
+def de_identified(files, folder):
+    "The same as stage 6 sends them"
+    engine = Deidentifier(load_settings(ROOT/'settings.ini'), known_key(1))
+    done = [engine.file(p, folder) for p in files]
+    assert all(d.status == 'ok' for d in done), {d.reason for d in done}
+    return [d.path for d in done]
 
 
 class Far:
@@ -99,16 +115,20 @@ class Far:
             n['twice'] += len(got) > 1
             for data in got:
                 n['bytes_identical'] += data == p.path.read_bytes()
-                n['dataset_bytes_identical'] += below_meta(data) == below_meta(p.path.read_bytes())
+                n['dataset_bytes_identical'] += unpacked(data, p.syntax) == unpacked(p.path.read_bytes(), p.syntax)
+                n['dataset_stream_identical'] += data_set(data) == data_set(p.path.read_bytes())
                 n['content_identical'] += same_content(p, data)
                 n['other_content'] += not same_content(p, data)
         return dict(held=sum(map(len, held.values())), strangers=len(set(held) - names), **{k: n[k] for k in
-                    ('missing', 'twice', 'bytes_identical', 'dataset_bytes_identical', 'content_identical', 'other_content')})
+                    ('missing', 'twice', 'bytes_identical', 'dataset_bytes_identical', 'dataset_stream_identical', 'content_identical', 'other_content')})
 
 
-def below_meta(data):
-    "A file's bytes after the file meta"
-    return data[144 + int.from_bytes(data[140:144], 'little'):]
+def unpacked(data, syntax):
+    "A file's data set; a deflated one as it was before it was deflated (behind the stream Orthanc 1.10 stores zeros, up to the length before)"
+    if syntax != df.DEFLATED: return data_set(data)
+    z = zlib.decompressobj(-zlib.MAX_WBITS)
+    out = z.decompress(data_set(data))
+    return out if z.eof and not z.unused_data.strip(b'\0') else None
 
 
 def start(folder, url, **how):
@@ -117,10 +137,12 @@ def start(folder, url, **how):
     return subprocess.Popen([sys.executable, '-c', SHIP, json.dumps(dict(folder=str(folder), destination=url) | how)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def campaign(kind, work, n, kills, restarts, seed, limit=3600, attempts=100):
+def campaign(kind, work, n, kills, restarts, seed, limit=3600, attempts=100, sources=False):
     "One destination; gives the facts"
-    rng, began = random.Random(seed), time.monotonic()
-    files, box = make_files(work/'files', n, seed), Outbox(work/'outbox')
+    rng = random.Random(seed)
+    files, box = make_files(work/'files', n, seed, loose=not sources), Outbox(work/'outbox')
+    if not sources: files = de_identified(files, work/'clean')
+    began = time.monotonic()
     for p in files: box.add(p, link=True)
     how = dict(patience=120, attempts=attempts, pause=.02, stall=1.5)
     at = sorted([(rng.uniform(0, .9) * n, 'kill') for _ in range(kills)] + [(rng.uniform(.1, .9) * n, 'restart') for _ in range(restarts)])
@@ -176,6 +198,7 @@ def main():
     ap.add_argument('--restarts', type=int, default=2)
     ap.add_argument('--seed', type=int, default=8)
     ap.add_argument('--only', choices=KINDS)
+    ap.add_argument('--as-they-are', action='store_true', help='the sources, not de-identified')
     ap.add_argument('--save', action='store_true', help='to nbs/data/edge/ship.json')
     a = ap.parse_args()
     os.environ.update(AWS_ACCESS_KEY_ID=ACCESS, AWS_SECRET_ACCESS_KEY=SECRET)
@@ -184,7 +207,7 @@ def main():
     for kind in [a.only] if a.only else KINDS:
         if why := Far.missing(kind): raise SystemExit(why)
         work = Path(tempfile.mkdtemp())
-        try: facts[kind] = campaign(kind, work/'a', a.files, a.kills, a.restarts, a.seed) | dict(tampered=tampered(kind, work/'b', a.seed))
+        try: facts[kind] = campaign(kind, work/'a', a.files, a.kills, a.restarts, a.seed, sources=a.as_they_are) | dict(de_identified=not a.as_they_are) | dict(tampered=tampered(kind, work/'b', a.seed))
         finally: shutil.rmtree(work, ignore_errors=True)
         print(kind, json.dumps(facts[kind], indent=1), flush=True)
         if a.save:

@@ -1,6 +1,5 @@
-"""The privacy campaign: a marked cohort through every stage, every byte searched; and how well text in a picture's border is found.
+"""The privacy campaign: a marked cohort through all seven stages, every byte searched; and how well text in a picture's border is found.
     python tests/faults/privacy.py --patients 24 --text 2000 --save"""
-import argparse
 import json
 import sys
 import tempfile
@@ -15,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import test_privacy as privacy
 import test_text as text
 from conftest import ROOT, SHARED
+from faults import arguments
 from mammo_nb.core.engine import utc_now, write_json
 from mammo_nb.dicom.display import render, shrink
 from mammo_nb.dicom.phantom import phantom_image
@@ -27,14 +27,18 @@ def leaks(patients):
     "Marks planted, what was searched, what was found"
     with tempfile.TemporaryDirectory() as d:
         r = privacy.Ran(Path(d), patients=patients).stages()
-        in_files = r.search.folder(r.out)
+        in_files = r.leaks()
         files, size = r.search.files, r.search.bytes
+        results = r.results()
+        judged = [r.in_result(p) for p in results]
+        shipped = [f for found, _ in judged for f in found]
         said = [f for t in r.said.values() for f in r.search.inside(t.encode())]
         m = privacy.read_manifest(r.out/'marked')
-        for f in (*in_files, *said): print(f)
+        for f in (*in_files, *shipped, *said): print(f)
         return dict(marks=len(r.marks.where) + len(r.marks.dates), dicom_files=sum(p.is_file() for p in r.dicom.rglob('*')), images=m.height,
                     rejected=int((m['status'] == 'rejected').sum()), reasons=m['reason'].drop_nulls().n_unique(), files_searched=files, bytes_searched=size,
-                    commands=len(r.said), terminal_characters=sum(map(len, r.said.values())), leaked_files=len({f[0] for f in in_files}), leaked_terminal=len(said))
+                    commands=len(r.said), terminal_characters=sum(map(len, r.said.values())), leaked_files=len({f[0] for f in in_files}), leaked_terminal=len(said),
+                    de_identified=len(results), de_identified_bytes=sum(p.stat().st_size for p in results), kept_by_the_table=sum(n for _, n in judged), leaked_de_identified=len({f[0] for f in shipped}))
 
 
 def clean_pictures(n, seed):
@@ -80,17 +84,13 @@ def measured(n, seed):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--patients', type=int, default=24)
-    p.add_argument('--text', type=int, default=2000, help='texts burnt in')
-    p.add_argument('--seed', type=int, default=1)
-    p.add_argument('--save', action='store_true')
-    a = p.parse_args()
-    got = dict(made_utc=utc_now(), leaks=leaks(a.patients), text=measured(a.text, a.seed))
+    a = arguments(__doc__, patients=24, text=(2000, 'texts burnt in; 0: the figures that are known stay'))
+    path = ROOT/'nbs'/'data'/'reliability'/'privacy.json'
+    got = dict(made_utc=utc_now(), leaks=leaks(a.patients), text=measured(a.text, a.seed) if a.text else json.loads(path.read_text())['text'])
     print(json.dumps(got, indent=1))
     if a.save:
-        (ROOT/'nbs'/'data'/'reliability').mkdir(parents=True, exist_ok=True)
-        write_json(ROOT/'nbs'/'data'/'reliability'/'privacy.json', got)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, got)
 
 
 if __name__ == '__main__': main()
