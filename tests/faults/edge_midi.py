@@ -198,7 +198,7 @@ def campaign(folder, files=200, size=768, seed=1, say=print):
             got[check][1] += 1
             if check == 'pixels_hidden': where = ground['free' if free else 'over_tissue']; where[0] += bool(good); where[1] += 1
             if not good: failed[f'{check}: {what}'] += 1; say(f'{path.name} {check}: {what}')
-        for p in verify_file(path, r.path, r.masked, s.edge.options, s.edge.station, s.edge.max_shift): objections[p] += 1
+        for p in verify_file(path, r.path, r.masked, s.edge.options, s.edge.station, s.edge.max_shift, reader=s.edge.reader): objections[p] += 1
         pairs.append((path, r.path))
         masked += bool(r.masked)
     for p in verify_links(pairs, s.edge.options): objections[p] += 1
