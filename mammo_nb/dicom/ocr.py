@@ -39,12 +39,12 @@ def reader_name() -> str:  # such as `rapidocr 3.10.0`; empty where there is non
 _lead = re.compile('[RL]?[IO]?(CC|MLO|ML|LM|LMO|SIO|FB|X?CC[LM]?|AT|CV|ISO?|TAN|R[LMIS]|ID|[MS])?[RL]?')
 
 def _kind(words, sure):
-    "What was read: text, short, lead, unsure (letters, perhaps of another alphabet), or nothing"
+    "What was read: text, short, lead, unsure, strokes, or nothing"
     s = re.sub(r'[\W_]', '', words)
     strokes = len(re.sub('[1Ili一二三丨十口〇oO0]', '', s)) < 2 and not re.search(r'\d[./:-]\d', words)
     if sure >= .6 and s and _lead.fullmatch(re.sub('[0QD]', 'O', s.upper())): return 'lead'
     if len(s) > 3 and not strokes: return 'text' if sure >= .6 else 'unsure'
-    return 'short' if s and sure >= .6 else ''
+    return '' if not s or sure < .6 else 'strokes' if len(s) > 3 else 'short'
 
 # %% ../../nbs/dicom/06_ocr.ipynb #87c9aad7
 _cell = 32
@@ -71,25 +71,39 @@ def _places(img8, contrast, share):
     return _joined((x, y, x + a, y + b) for x, y, a, b in found.tolist())
 
 # %% ../../nbs/dicom/06_ocr.ipynb #39f86194
-def _read(img8, x0, y0, x1, y1):
-    "`(box, kind)` of what the reader finds in a part of a picture; the words end here"
-    part = img8[y0:y1, x0:x1]
+def _asked(part, **steps):
+    "What the reader says of a picture, and how high and wide it is"
     h, w = part.shape
-    part = cv2.copyMakeBorder(part, 0, -h % 32, 0, -w % 32, cv2.BORDER_REPLICATE)
-    got = _reader()(cv2.cvtColor(part, cv2.COLOR_GRAY2BGR))
+    return _reader()(cv2.cvtColor(cv2.copyMakeBorder(part, 0, -h % 32, 0, -w % 32, cv2.BORDER_REPLICATE), cv2.COLOR_GRAY2BGR), **dict(use_det=True, use_cls=True, use_rec=True) | steps), h, w
+
+def _upright(corners, h, w):
+    "x, y, width, height of a slanted box, within a picture"
+    (x, y), (a, b) = np.floor(corners.min(0)).astype(int).tolist(), np.ceil(corners.max(0)).astype(int).tolist()
+    return x, y, min(a, w) - x, min(b, h) - y
+
+def _read(img8, x0, y0, x1, y1):
+    "`(box, kind)` of what can be read in a part of a picture; the words end here"
+    got, h, w = _asked(img8[y0:y1, x0:x1])
     if getattr(got, 'boxes', None) is None or got.txts is None: return
     for corners, words, sure in zip(got.boxes, got.txts, got.scores):
-        (x, y), (a, b) = np.floor(corners.min(0)).astype(int).tolist(), np.ceil(corners.max(0)).astype(int).tolist()
-        a, b = min(a, w), min(b, h)
-        if (x > 1 or y > 1 or a < w - 1 or b < h - 1) and a > x and b > y: yield (x + x0, y + y0, a - x, b - y), _kind(words, sure)  # where it finds nothing, it names the whole part
+        x, y, a, b = _upright(corners, h, w)
+        kind = _kind(words, sure)
+        if kind == 'short' and max(a, b) > 4 * min(a, b): kind = 'unsure'  # there is more than was read
+        if (x > 1 or y > 1 or a < w - 2 or b < h - 2) and a > 0 and b > 0: yield (x + x0, y + y0, a, b), kind  # where it finds nothing, it names the whole part
+
+def _letters(part, r):
+    "Whether there are letters in a row of a picture, though none could be read"
+    got, h, w = _asked(part, use_cls=False, use_rec=False)
+    for corners, sure in zip(got.boxes if got.boxes is not None else (), got.scores or ()):
+        x, y, a, b = _upright(corners, h, w)
+        common = max(0, min(x + a, r.x + r.w) - max(x, r.x)) * max(0, min(y + b, r.y + r.h) - max(y, r.y))
+        if sure >= .7 and (a > b) != r.vertical and max(a, b) >= 3 * min(a, b) and common >= .4 * (a * b + r.w * r.h - common): return True
+    return False
 
 # %% ../../nbs/dicom/06_ocr.ipynb #043255c6
-def _rows_read(img8, boxes, k=1.):
-    "`TextRow`s with a kind as in `_kind`, `k` times as large"
-    out = []
-    for b in boxes:
-        for (x, y, w, h), kind in _read(img8, *b): out.append(TextRow(*(round(v * k) for v in (x, y, w, h)), h > w, False, kind))
-    return out
+def _rows_read(img8, boxes):
+    "`TextRow`s with a kind as in `_kind`"
+    return [TextRow(x, y, w, h, h > w, False, kind) for b in boxes for (x, y, w, h), kind in _read(img8, *b)]
 
 def _meet(a, b): return a.x < b.x + b.w and b.x < a.x + a.w and a.y < b.y + b.h and b.y < a.y + a.h
 
@@ -108,14 +122,16 @@ def _told(rows):
 _readable = 14  # rows of this height or more were readable in the first look
 
 def _closer(big, k, r):
-    "What is read around a row of a picture, in one that is `k` times as large"
+    "What is read around a row of a picture, in one that is `k` times as large; the row itself where letters stand that cannot be read"
     d = min(r.w, r.h)
     x0, y0, x1, y1 = (max(0, int(v * k)) for v in (r.x - 3 * d, r.y - 3 * d, r.x + r.w + 3 * d, r.y + r.h + 3 * d))
     part, grow = big[y0:y1, x0:x1], min(4, max(.25, 24 / (d * k)))
     part = cv2.resize(part, None, fx=grow, fy=grow, interpolation=cv2.INTER_CUBIC if grow > 1 else cv2.INTER_AREA)
-    back = 1 / (grow * k)
-    found = [q._replace(x=q.x + round(x0 / k), y=q.y + round(y0 / k)) for q in _rows_read(part, [(0, 0, part.shape[1], part.shape[0])], back)]
-    return [q for q in found if _meet(q, r)]
+    move = lambda q, f, x, y: q._replace(x=round(q.x * f) + x, y=round(q.y * f) + y, w=round(q.w * f), h=round(q.h * f))
+    found = [move(q, 1 / (grow * k), round(x0 / k), round(y0 / k)) for q in _rows_read(part, [(0, 0, part.shape[1], part.shape[0])])]
+    found = [q for q in found if _meet(q, r)]
+    if found or r.kind != 'text': return found
+    return [r] if _letters(part, move(r, grow * k, round(-x0 * grow), round(-y0 * grow))) else []
 
 def text_in(
     img8: np.ndarray,  # uint8 [H,W], a rendered image of 1024 pixels or so
@@ -127,7 +143,7 @@ def text_in(
     if not read or not _reader(): return find_text(img8)
     seen = _rows_read(img8, _places(img8, *_strokes[faint])) if min(img8.shape) >= 32 else []
     rows, big = find_text(img8, everywhere=True), None
-    for r in [*(s for s in seen if s.kind == 'unsure'), *(r for r in rows if min(r.w, r.h) < _readable)]:
+    for r in [*(s for s in seen if s.kind == 'unsure'), *(r for r in rows if r.kind == 'text' or min(r.w, r.h) < _readable)]:
         if any(_meet(r, s) for s in seen if s.kind not in ('', 'unsure')): continue
         if big is None: big = finer() if finer else img8
         seen += _closer(big, big.shape[0] / img8.shape[0], r)

@@ -27,8 +27,9 @@ from pydicom.datadict import dictionary_VR, keyword_for_tag, tag_for_keyword
 import mammo_nb
 from ..core.settings import MammoError
 from ..dicom.display import render
-from ..dicom.ocr import text_in
+from ..dicom.ocr import reader_name, text_in
 from ..dicom.read import ReadError, open_source, read_blocks, read_frame
+from ..dicom.text import find_text
 
 # %% ../../nbs/edge/05_verify.ipynb #6bbc41d4
 _long = frozenset('OB OD OF OL OV OW SQ SV UC UN UR UT UV'.split())
@@ -725,8 +726,9 @@ def legible(
     reader: bool = True,  # ask the reader of `dicom.ocr`, where one is installed
 ) -> bool:
     "Whether text can be seen, or read, in a frame."
+    if not reader or not reader_name(): return any(r.kind == 'text' for r in find_text(render(s, 1024, frame)))
     picture = lambda edge: 255 - render(s, edge, frame)
-    return any(r.kind == 'text' for r in text_in(picture(_larger), lambda: picture(1 << 14), reader, faint=True))
+    return any(r.kind == 'text' for r in text_in(picture(_larger), lambda: picture(1 << 14), faint=True))
 
 # %% ../../nbs/edge/05_verify.ipynb #b3a10b80
 @patch

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from conftest import ROOT
 from mammo_nb.core.engine import utc_now, write_json
 from mammo_nb.core.settings import load_settings
+from mammo_nb.dicom.ocr import reader_name
 from mammo_nb.dicom.phantom import make_cohort
 from mammo_nb.edge.deidentify import Deidentifier
 from mammo_nb.edge.verify import verify_file, verify_links
@@ -212,7 +213,7 @@ def main():
     p.add_argument('--seed', type=int, default=1)
     p.add_argument('--save', action='store_true')
     a = p.parse_args()
-    with tempfile.TemporaryDirectory() as d: got = dict(made_utc=utc_now(), seed=a.seed, size=a.size, **campaign(Path(d), a.files, a.size, a.seed))
+    with tempfile.TemporaryDirectory() as d: got = dict(made_utc=utc_now(), reader=reader_name(), seed=a.seed, size=a.size, **campaign(Path(d), a.files, a.size, a.seed))
     print(json.dumps(got, indent=1))
     if a.save:
         (ROOT/'nbs'/'data'/'edge').mkdir(parents=True, exist_ok=True)
