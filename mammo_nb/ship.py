@@ -50,7 +50,7 @@ def _one(item, deid, folder):
     src, e = item[0], deid.settings.edge
     done = deid.file(src, folder)
     if done.status != 'ok': return dict(status='rejected', step='deidentify', reason=done.reason)
-    said = verify_file(src, done.path, done.masked, e.options, e.station, e.max_shift, deid.settings.engine.max_inflated_bytes)
+    said = verify_file(src, done.path, done.masked, e.options, e.station, e.max_shift, deid.settings.engine.max_inflated_bytes, e.reader)
     row = dict(file=done.path.relative_to(folder).as_posix(), sop_uid=done.sop_uid, sha256=done.sha256, masked=json.dumps([list(m) for m in done.masked]))
     if not said: return row | dict(status='ready')
     done.path.unlink(missing_ok=True)

@@ -81,7 +81,7 @@ class Case(SimpleNamespace):
         bad = self.folder/'bad'/self.dst.name
         bad.parent.mkdir(exist_ok=True)
         bad.write_bytes(data if isinstance(data, bytes) else df.content(data))
-        return verify_file(self.src, bad, self.masked if masked is None else masked, options or self.options, **kw)
+        return verify_file(self.src, bad, self.masked if masked is None else masked, options or self.options, **dict(reader=False) | kw)   # what reads is tried in test_ocr
 
 
 def done(folder, ds, **edge):
@@ -618,5 +618,5 @@ def test_the_saved_campaign_is_whole():
     path = ROOT/'nbs'/'data'/'edge'/'midi.json'
     got = json.loads(path.read_text())
     assert got['files'] == got['written'] == 200 and list(got['checks']) == edge_midi.CHECKS and got['verifier'] == {}
-    for check, (good, asked) in got['checks'].items(): assert good == asked > 0 or check.startswith('pixels') and good >= .97 * asked, check   # text is found by looking, not by knowing
-    assert got['hidden']['free'][0] == got['hidden']['free'][1] > 40
+    assert all(good == asked > 0 for good, asked in got['checks'].values())
+    assert got['hidden']['free'][1] > 40 and got['hidden']['over_tissue'][1] > 0 and got['reader']

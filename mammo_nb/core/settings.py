@@ -108,6 +108,7 @@ class Edge(_Section):
         'device_pseudonyms', 'modified_dates', 'clean_pixels')
     station: str = Field('', max_length=16, pattern=r'^[A-Za-z0-9_. -]*$')
     max_shift: int = Field(365, ge=1, le=3650)
+    reader: bool = True
     destination: str = ''
     bandwidth: str = Field('0', pattern=r'^\d+(\.\d+)?\s*([KMG]i?)?B?$')
     upload_window: str = Field('', pattern=r'^$|^([01]\d|2[0-3]):[0-5]\d-([01]\d|2[0-3]):[0-5]\d$')

@@ -28,15 +28,15 @@ def _strokes(g, dark):
     "How far a pixel stands out from its surroundings"
     return cv2.subtract(cv2.morphologyEx(g, cv2.MORPH_CLOSE, _tile), g) if dark else cv2.subtract(g, cv2.morphologyEx(g, cv2.MORPH_OPEN, _tile))
 
-def _strips(mask, height):
-    "Boxes of what is about that high and at least three times as long, near the border"
+def _strips(mask, height, near):
+    "Boxes of what is about that high and at least three times as long, near the border: not further than that part of the picture"
     closed = cv2.morphologyEx(mask, cv2.MORPH_CLOSE, np.ones((1, int(1.6 * height) | 1), np.uint8))
     found = cv2.findContours(closed, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]
     b = np.array([cv2.boundingRect(c) for c in found], int).reshape(-1, 4)
     x, y, w, h = b.T
     x, y = (x + w / 2) / mask.shape[1], (y + h / 2) / mask.shape[0]
-    near = np.min([x, 1 - x, y, 1 - y], 0) < _near
-    return b[near & (h >= .5 * height) & (w >= 7) & ((h <= 2.6 * height + 1) & (w >= 3 * h) | (h <= 12 * height) & (h <= mask.shape[0] / 4))]
+    close = np.min([x, 1 - x, y, 1 - y], 0) < near
+    return b[close & (h >= .5 * height) & (w >= 7) & ((h <= 2.6 * height + 1) & (w >= 3 * h) | (h <= 12 * height) & (h <= mask.shape[0] / 4))]
 
 # %% ../../nbs/dicom/05_text.ipynb #39dfeeee
 def _tight(mask, x, y, w, h):
@@ -84,10 +84,10 @@ def _half(tops):
     wide = cv2.dilate(tops[:h, :w], np.ones((1, 2), np.uint8), anchor=(0, 0))
     return cv2.threshold(cv2.addWeighted(wide[::2, ::2], .5, wide[1::2, ::2], .5, 0), .6 * _contrast, 1, cv2.THRESH_BINARY)[1]
 
-def _rows(tops, mask):
+def _rows(tops, mask, near=_near):
     "Boxes of the horizontal rows of characters"
     half = _half(tops)
-    strips = np.concatenate([_strips(half, k) for k in (2, 4, 8, 14)])
+    strips = np.concatenate([_strips(half, k, near) for k in (2, 4, 8, 14)])
     boxes = {_tight(mask, 2 * x, 2 * y, 2 * w, 2 * h) for x, y, w, h in set(map(tuple, strips.tolist()))} - {None}
     rows = sorted({r for b in boxes for r in ([b] if _is_row(tops, mask, *b) else _lines(mask, *b)) if _is_row(tops, mask, *r)})
     if not rows: return rows
@@ -131,6 +131,7 @@ def _placed(b, kind, shape, vertical, dark, k):
 
 def find_text(
     img8: np.ndarray,  # uint8 [H,W], a rendered image; of a larger one than `LOOKED_AT` a smaller copy is searched
+    everywhere: bool = False,  # not only near the border
 ) -> list[TextRow]:
     "Rows of characters near the border. The same row may be found more than once."
     k = max(img8.shape) / LOOKED_AT
@@ -140,7 +141,7 @@ def find_text(
         tops = _strokes(img8, dark)
         for vertical in (False, True):
             t, g = (np.ascontiguousarray(np.rot90(a)) if vertical else a for a in (tops, img8))
-            rows = [b for b in _rows(t, cv2.threshold(t, _contrast, 1, cv2.THRESH_BINARY)[1]) if not dark or not _framed(g, *b)]
+            rows = [b for b in _rows(t, cv2.threshold(t, _contrast, 1, cv2.THRESH_BINARY)[1], .5 if everywhere else _near) if not dark or not _framed(g, *b)]
             out += [_placed(b, kind, img8.shape, vertical, dark, max(k, 1)) for b, kind in _kinds(rows)]
     return out
 

@@ -41,8 +41,9 @@ from ..core.engine import atomic_path, plain_reason
 from ..core.settings import Settings
 from ..dicom import text
 from ..dicom.display import render
+from ..dicom.ocr import reader_name, text_in
 from ..dicom.read import MAX_HEADER, ReadError, Source, fragments, layout, native_place, transfer_syntax
-from ..dicom.text import find_text, hide_text
+from ..dicom.text import hide_text
 
 # %% ../../nbs/edge/01_deidentify.ipynb #8cfb33b4
 EDITION = '2026c'
@@ -358,7 +359,8 @@ class Deidentifier:
     ):
         self.settings, self.key, self.options = settings, key, tuple(sorted(settings.edge.options))
         self.plan, self.station, self.deepest = make_plan(self.options), settings.edge.station.strip(), settings.engine.max_depth
-        said = repr((self.options, self.station, settings.edge.max_shift))
+        self.reader = settings.edge.reader and 'clean_pixels' in self.options and reader_name()  # who looks for text beside `find_text`
+        said = repr((self.options, self.station, settings.edge.max_shift, self.reader))
         self.method = f'PS3.15 {EDITION} Annex E, mammo_nb {__version__}, settings {hashlib.sha256(said.encode()).hexdigest()[:6]}'
 
     def __reduce__(self): return Deidentifier, (self.settings, self.key)
@@ -709,11 +711,12 @@ def _with_rest(img, rows):
 # %% ../../nbs/edge/01_deidentify.ipynb #126d1b2a
 _stays = 'text is burnt into its picture that could not be painted over for sure.'
 
-def _rows_of(img):
+def _rows_of(img, finer=None, reader=''):
     "Text in a picture, in several looks. Raises `ReadError` where it would not go away"
     found = []
     for _ in range(6):
-        rows = _with_rest(img, find_text(img))
+        rows = text_in(img, finer, bool(reader))
+        rows = [r for r in rows if r.kind == 'text'] if reader else _with_rest(img, rows)
         if not rows: return found
         found, img = found + rows, hide_text(img, rows)
     raise ReadError(_stays)
@@ -722,11 +725,12 @@ def text_boxes(
     s: Source,  # an opened image
     frame: int,
     rows: int, cols: int,  # of a frame
+    reader: str = '',  # `reader_name`, or empty: `find_text` alone
 ) -> list[tuple]:  # `(frame, top, left, bottom, right)`, the last two exclusive
     "Where text is burnt into a frame. Raises `ReadError` where it would not go away."
     img = render(s, 1024, frame)
     out, k = [], max(rows / img.shape[0], cols / img.shape[1])
-    for r in _rows_of(img):
+    for r in _rows_of(img, lambda: render(s, max(rows, cols), frame), reader):
         p = max(2, min(r.w, r.h) // 3) + 1
         top, left, bottom, right = r.y - p, r.x - p, r.y + r.h + p, r.x + r.w + p
         out.append((frame, max(0, int(top * k)), max(0, int(left * k)), min(rows, int(bottom * k) + 1), min(cols, int(right * k) + 1)))
@@ -747,14 +751,16 @@ def paint(
     a: np.ndarray,  # stored values [H,W] or [H,W,C]; changed
     boxes: list[tuple],  # of this frame
 ) -> np.ndarray:
-    "Paints boxes over, each with one value: the median of what lies around it."
+    "Paints boxes over, each with one value: the median of what lies in and around it, which is its ground."
     was, inside = a.copy() if boxes else a, np.zeros(a.shape[:2], bool)
     for _, t, l, b, r in boxes: inside[t:b, l:r] = True
     for _, top, left, bottom, right in boxes:
         q = max(4, min(bottom - top, right - left) // 3)
         near = (slice(max(0, top - q), bottom + q), slice(max(0, left - q), right + q))
-        around = was[near][~inside[near]]
-        a[top:bottom, left:right] = np.sort(around, axis=0)[len(around) // 2] if len(around) else 0
+        free = ~inside[near]
+        free[top - near[0].start:bottom - near[0].start, left - near[1].start:right - near[1].start] = True
+        ground = was[near][free]
+        a[top:bottom, left:right] = np.sort(ground, axis=0)[len(ground) // 2]
     return a
 
 _stuck = 'text is burnt into its picture, which is stored in a way that cannot be painted over.'
@@ -832,7 +838,7 @@ def _begun(self: Deidentifier, s, more=()):
     elements, meta, syntax, implicit, order = head
     _refuse(elements, meta, self.options)
     lay, burnt = _layout_of(s, head, self.settings.engine.max_pixels), _text(elements, 'BurnedInAnnotation') == 'YES'
-    boxes = more or ([b for i in range(lay.frames) for b in text_boxes(s, i, lay.rows, lay.cols)] if 'clean_pixels' in self.options else [])
+    boxes = more or ([b for i in range(lay.frames) for b in text_boxes(s, i, lay.rows, lay.cols, self.reader)] if 'clean_pixels' in self.options else [])
     if burnt and not boxes: raise ReadError('its header says that text is burnt into its picture, and none was found; look at it yourself.')
     packed = s._place[1] is None
     if packed and (syntax in _native or syntax != _deflated_frames and UID_dictionary.get(syntax, ('', ''))[1] != 'Transfer Syntax'):
@@ -872,11 +878,11 @@ def _copied(s, pieces, tmp):
             f.write(piece)
     return sha.hexdigest()
 
-def _left(path, boxes):
+def _left(path, boxes, reader):
     "Text that can be seen in a new file, on the frames that were painted"
     with Source(path) as s:
         lay = s.image_layout(1 << 40)
-        return [b for i in sorted({b[0] for b in boxes}) for b in text_boxes(s, i, lay.rows, lay.cols)]
+        return [b for i in sorted({b[0] for b in boxes}) for b in text_boxes(s, i, lay.rows, lay.cols, reader)]
 
 def _same(a, b):
     "Whether two files hold the same bytes"
@@ -892,7 +898,7 @@ def _written(self: Deidentifier, s, begun, tmp, dst):
     pieces, uid, boxes, job = begun
     for _ in range(5):
         sha = _copied(s, pieces, tmp)
-        if not boxes or not (more := _left(tmp, boxes)): break
+        if not boxes or not (more := _left(tmp, boxes, self.reader)): break
         boxes = [b for i in sorted({b[0] for b in boxes}) for b in _joined([b for b in (*boxes, *more) if b[0] == i])]
         pieces, *_ = s._guard(lambda: self._begun(s, boxes))
     else: raise ReadError(_stays)

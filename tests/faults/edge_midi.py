@@ -21,6 +21,7 @@ from conftest import ROOT
 from faults import arguments
 from mammo_nb.core.engine import utc_now, write_json
 from mammo_nb.core.settings import load_settings
+from mammo_nb.dicom.ocr import reader_name
 from mammo_nb.dicom.phantom import make_cohort
 from mammo_nb.edge.deidentify import Deidentifier
 from mammo_nb.edge.verify import verify_file, verify_links
@@ -198,7 +199,7 @@ def campaign(folder, files=200, size=768, seed=1, say=print):
             got[check][1] += 1
             if check == 'pixels_hidden': where = ground['free' if free else 'over_tissue']; where[0] += bool(good); where[1] += 1
             if not good: failed[f'{check}: {what}'] += 1; say(f'{path.name} {check}: {what}')
-        for p in verify_file(path, r.path, r.masked, s.edge.options, s.edge.station, s.edge.max_shift): objections[p] += 1
+        for p in verify_file(path, r.path, r.masked, s.edge.options, s.edge.station, s.edge.max_shift, reader=s.edge.reader): objections[p] += 1
         pairs.append((path, r.path))
         masked += bool(r.masked)
     for p in verify_links(pairs, s.edge.options): objections[p] += 1
@@ -207,7 +208,7 @@ def campaign(folder, files=200, size=768, seed=1, say=print):
 
 def main():
     a = arguments(__doc__, files=200, size=(768, 'long edge of the pictures'))
-    with tempfile.TemporaryDirectory() as d: got = dict(made_utc=utc_now(), seed=a.seed, size=a.size, **campaign(Path(d), a.files, a.size, a.seed))
+    with tempfile.TemporaryDirectory() as d: got = dict(made_utc=utc_now(), reader=reader_name(), seed=a.seed, size=a.size, **campaign(Path(d), a.files, a.size, a.seed))
     print(json.dumps(got, indent=1))
     if a.save:
         (ROOT/'nbs'/'data'/'edge').mkdir(parents=True, exist_ok=True)
