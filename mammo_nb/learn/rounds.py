@@ -556,8 +556,9 @@ def train_round(
         if settings.headers.train: store.sync_images(manifest)
         since, frame, skipped = now_utc(), labelled_frame(manifest, fair_labels(store, manifest), settings), store.queue('skipped')
         known = dict(label_snapshot=store.snapshot_hash(), labels_utc=since, queues=store.queue_version(), sampling=sampling_of(store, frame, manifest))
-        frame, said = learn_from_headers(store, manifest, frame, settings)
-        known |= dict(label_snapshot=store.snapshot_hash(), data=data_counts(people_rows(frame), store.labels(headers=False)), weak=frame.height-people_rows(frame).height)
+        people, entered = store.labels(headers=False), lambda: known.update(label_snapshot=store.snapshot_hash())
+        frame, said = learn_from_headers(store, manifest, frame, settings, d, entered)
+        known |= dict(data=data_counts(people_rows(frame), people), weak=frame.height-people_rows(frame).height)
     warn = said + _check_labels(frame, settings, d) + _biased(known['sampling'])
     make_folder(d/'rounds')
     with contextlib.nullcontext(note) if note else round_lock(d) as note:
