@@ -69,7 +69,7 @@ def test_what_only_looks_like_text_is_none():
     assert not any(map(texts, (vessel, *lookalikes((640, 500)))))
 
 
-@pytest.mark.parametrize('words, sure, kind', [('DOE^JANE', .9, 'text'), ('ANNA', .9, 'text'), ('LILLI', .8, 'text'), ('11.11.1911', .9, 'text'), ('DOE^JANE', .4, 'unsure'), ('R MLO', .9, 'lead'), ('LMLQ', .9, 'lead'), ('rcc', .9, 'lead'),
+@pytest.mark.parametrize('words, sure, kind', [('DOE^JANE', .9, 'text'), ('ANNA', .9, 'text'), ('LILLI', .8, 'text'), ('11.11.1911', .9, 'text'), ('DOE^JANE', .4, 'unsure'), ('R MLO', .9, 'lead'), ('LMLQ', .9, 'lead'), ('LCcc', .7, 'lead'), ('rcc', .9, 'lead'),
                                                ('XCCL', .9, 'lead'), ('63Y', .9, 'short'), ('二二二二', .9, 'strokes'), ('1l1I1', .9, 'strokes'), ('IIIIII', .4, ''), ('--', 1., ''), ('', 0., '')])
 def test_what_counts_as_text(words, sure, kind): assert ocr._kind(words, sure) == kind
 

@@ -36,7 +36,7 @@ def reader_name() -> str:  # such as `rapidocr 3.10.0`; empty where there is non
     return f"rapidocr {version('rapidocr')}" if find_spec('rapidocr') else ''
 
 # %% ../../nbs/dicom/06_ocr.ipynb #57c0b816
-_lead = re.compile('[RL]?[IO]?(CC|MLO|ML|LM|LMO|SIO|FB|X?CC[LM]?|AT|CV|ISO?|TAN|R[LMIS]|ID|[MS])?[RL]?')
+_lead = re.compile('[RL]?[IO]?(CC|MLO|ML|LM|LMO|SIO|FB|X?CC[LM]?|AT|CV|ISO?|TAN|R[LMIS]|ID|[MS])?[RL]?|[RLMOCX]{1,6}')
 
 def _kind(words, sure):
     "What was read: text, short, lead, unsure, strokes, or nothing"
