@@ -163,6 +163,7 @@ def read_start(
     try: return os.pread(fd, n, 0) if hasattr(os, 'pread') else os.read(fd, n)
     finally: os.close(fd)
 
+# %% ../../nbs/dicom/00_read.ipynb #167150eb
 class _Bounded:
     "A seekable file that never allocates more than it holds and remembers that it was asked for more (`short`)"
     def __init__(self, f): self.f, self.short, self.size = f, False, f.seek(0, 2); f.seek(0); self.tell = f.tell
@@ -1067,6 +1068,7 @@ def _rows(s, lay, index):
     rows = _Rows(s.file.f.fileno(), at, (lay.rows, lay.cols), f'u{lay.allocated // 8}')
     return Frame(rows, s.header, 1., lay.stored, lay.shift, lay.signed, index, (lay.rows, lay.cols))
 
+# %% ../../nbs/dicom/00_read.ipynb #db4ebb8e
 def _frame(s, lay, data, index, reduce_to):
     "Decoded values as a `Frame`, its size checked against the header"
     a, bits, scale = _decode(s, lay, data, reduce_to)

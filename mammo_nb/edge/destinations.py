@@ -119,6 +119,7 @@ def content_hash(
     _elements(pydicom.dcmread(io.BytesIO(data)), h.update)
     return h.hexdigest()
 
+# %% ../../nbs/edge/06_destinations.ipynb #b5a7cb10
 FORMS = FILE, DATA_SET, CONTENT = 'byte for byte', 'data set byte for byte', 'equal content in another form'
 
 def data_set(
