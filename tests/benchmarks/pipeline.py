@@ -1,6 +1,6 @@
 """DICOM to a 512-pixel thumbnail and a probability, against what a researcher would write first, in one run.
 
-    python tests/benchmarks/pipeline.py [--images 32] [--repeat 5] [--size 3328x2560] [--syntaxes explicit,jpeg_lossless,jpeg2000]
+    python tests/benchmarks/pipeline.py [--images 64] [--repeat 5] [--size 3328x2560] [--syntaxes explicit,jpeg_lossless,jpeg2000]
 
 The reference: pydicom's pixel_array, apply_modality_lut, apply_voi_lut, min-max in float64, Pillow LANCZOS, ONNX Runtime fp32 in batches of 32, joblib on all
 cores. Both sides use the same model and the same number of processes, are warmed up first, and take turns. Figures are medians; only the ratios travel."""
@@ -81,7 +81,7 @@ def model_rows(folder, repeat, sample):
     return [row(f'ResNet18 at {MODEL} alone, one core, int8', 'the same in fp32', *(len(sample)/med[p] for p in ('fp32', 'int8')), 'images/s', 2.5)]
 
 
-def rows(repeat=5, small=False, images=32, size=(3328, 2560), syntaxes=tuple(BARS), cores=None):
+def rows(repeat=5, small=False, images=64, size=(3328, 2560), syntaxes=tuple(BARS), cores=None):
     "The table's rows: every syntax in fp32 and int8 against the reference, and the model alone"
     if small: repeat, images, size = 1, 16, (832, 640)
     cores, s, out = cores or len(os.sched_getaffinity(0)), load_settings(), []
@@ -107,7 +107,7 @@ def rows(repeat=5, small=False, images=32, size=(3328, 2560), syntaxes=tuple(BAR
 
 def main():
     a = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    a.add_argument('--images', type=int, default=32)
+    a.add_argument('--images', type=int, default=64)
     a.add_argument('--repeat', type=int, default=5)
     a.add_argument('--size', default='3328x2560')
     a.add_argument('--syntaxes', default=','.join(BARS))
