@@ -25,7 +25,7 @@ from servers import Seaweed
 
 from mammo_nb.core.settings import MammoError
 from mammo_nb.edge import destinations, outbox
-from mammo_nb.edge.destinations import ABSENT, OTHER, SAME, Away, Refused, content_hash, parcel, same_content
+from mammo_nb.edge.destinations import ABSENT, OTHER, SAME, Away, Refused, content_hash, likeness, parcel
 from mammo_nb.edge.outbox import Outbox, backoff, in_window
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,7 +64,7 @@ class Memory:
             self.asked += 1
             if late := self.trouble('check', p): raise late
             got = self.held.get(p.name)
-            out[p.id] = (ABSENT if got is None else SAME if same_content(p, got) else OTHER), 'memory'
+            out[p.id] = (ABSENT if got is None else SAME if likeness(p, got) else OTHER), 'memory'
         return out
 
     def probe(self):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'FILE', 'DATA_SET', 'CONTENT', 'SAME', 'OTHER', 'ABSENT', 'Parcel', 'digests', 'parcel', 'content_hash',
-           'data_set', 'likeness', 'same_content', 'Away', 'Refused', 'Throttle', 'Address', 'parse_address', 'Stow',
-           'first_part', 'Dimse', 'S3', 'open_destination']
+           'data_set', 'likeness', 'Away', 'Refused', 'Throttle', 'Address', 'parse_address', 'Stow', 'first_part',
+           'Dimse', 'S3', 'open_destination']
 
 # %% ../../nbs/edge/06_destinations.ipynb #e7f4a68a
 import base64
@@ -142,14 +142,6 @@ def likeness(
         if theirs and hashlib.sha256(theirs).digest() == hashlib.sha256(data_set(own)).digest(): return DATA_SET
         return CONTENT if content_hash(data, syntax) == content_hash(own) else ''
     except Exception: return ''  # whatever came, it is no such file
-
-def same_content(
-    p: Parcel,  # what was sent
-    data: bytes,  # what came back
-    syntax: str = '',  # as for `likeness`
-) -> bool:
-    "Whether it is what was sent, in any form."
-    return bool(likeness(p, data, syntax))
 
 # %% ../../nbs/edge/06_destinations.ipynb #9181e1f3
 class Away(Exception):

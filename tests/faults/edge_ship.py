@@ -32,7 +32,7 @@ from servers import ACCESS, SECRET, Orthanc, Seaweed, free_ports
 from mammo_nb.cohort.facts import known_key
 from mammo_nb.core.settings import load_settings
 from mammo_nb.edge.deidentify import Deidentifier
-from mammo_nb.edge.destinations import data_set, parcel, same_content
+from mammo_nb.edge.destinations import data_set, likeness, parcel
 from mammo_nb.edge.outbox import Outbox
 
 KINDS = 'stow', 'dimse', 's3'
@@ -117,8 +117,8 @@ class Far:
                 n['bytes_identical'] += data == p.path.read_bytes()
                 n['dataset_bytes_identical'] += unpacked(data, p.syntax) == unpacked(p.path.read_bytes(), p.syntax)
                 n['dataset_stream_identical'] += data_set(data) == data_set(p.path.read_bytes())
-                n['content_identical'] += same_content(p, data)
-                n['other_content'] += not same_content(p, data)
+                n['content_identical'] += bool(likeness(p, data))
+                n['other_content'] += not likeness(p, data)
         return dict(held=sum(map(len, held.values())), strangers=len(set(held) - names), **{k: n[k] for k in
                     ('missing', 'twice', 'bytes_identical', 'dataset_bytes_identical', 'dataset_stream_identical', 'content_identical', 'other_content')})
 
