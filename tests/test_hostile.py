@@ -266,15 +266,15 @@ def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path):
     "swapped between listing and reading"
     d = tmp_path/'d'
     for k in range(3): H.put(d/f'{k}.dcm', H.good(f'swap {k}'))
-    real = M.list_files
+    real = M.find_files
     def swapped(*a):
-        out = real(*a)
+        out = list(real(*a))
         (d/'1.dcm').unlink()
         os.mkfifo(d/'1.dcm')
         (d/'2.dcm').unlink()
-        return out
+        return iter(out)
     def go():
-        M.list_files = swapped
+        M.find_files = swapped
         return M.scan(d, tmp_path/'o', S).select('status', 'reason').rows()
     rows = apart(go, seconds=20)
     assert [r[0] for r in rows] == ['ok', 'rejected', 'rejected']

@@ -7,6 +7,7 @@ __all__ = ['add_tables', 'scan', 'read_manifest', 'source_dir', 'reject', 'refil
 
 # %% ../../nbs/cohort/00_manifest.ipynb #0ea19840
 import functools
+import itertools
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import polars as pl
 
 from .facts import (FINDINGS, known_key, SEEN_AS, FactStore, cohort_key, cohort_tag, collect_facts, image_id, pseudonym, read_many,
                                    with_content)
-from .files import list_files
+from .files import find_files
 from .splits import split_of
 from .thumbs import Thumbnails
 from ..core.engine import has_table, read_meta, read_table, write_parquet
@@ -185,17 +186,18 @@ def scan(
     "Finds the images of a folder and writes the manifest. Raises `MammoError` where there is nothing to find."
     root, folder, e = Path(dicom_dir), Path(cohort_dir), settings.engine
     ours = [d for d in (folder, folder.parent) if d.exists() and not root.resolve().is_relative_to(d.resolve())]
-    files, before = list_files(root, ours), _previous(folder)
-    if not files: raise MammoError(f"{root} is empty; pass the folder of your DICOM files as dicom_dir.")
+    files, before = find_files(root, ours), _previous(folder)
+    if not folder.exists() and folder.resolve().is_relative_to(root.resolve()): files = iter(list(files))  # before we make a folder there
+    if (first := next(files, None)) is None: raise MammoError(f"{root} is empty; pass the folder of your DICOM files as dicom_dir.")
     fresh, keep = not (folder/'key').exists(), settings.privacy.keep_text
     key, store = cohort_key(folder, seed), FactStore(folder/'scan', keep)
     if seed is None: _secret(key, before, folder, settings, str(root.resolve()))
     limits = dict(max_pixels=e.max_pixels, max_inflated_bytes=e.max_inflated_bytes, max_depth=e.max_depth)
     read = functools.partial(read_many, root=str(root.resolve()), key=key, keep=keep, **limits)
-    facts = collect_facts(files, store, read, client, e.file_timeout, retry)
+    facts = collect_facts(itertools.chain([first], files), store, read, client, e.file_timeout, retry)
     if not _any_dicom(facts):
         if fresh: _take_back(folder)
-        raise MammoError(f"{root} holds {len(files):,} files and none of them is DICOM; pass another folder as dicom_dir.")
+        raise MammoError(f"{root} holds {facts['archive'].null_count():,} files and none of them is DICOM; pass another folder as dicom_dir.")
     facts = with_content(facts, str(root.resolve()), e.max_inflated_bytes, client, e.file_timeout)
     with ThreadPoolExecutor(1) as pool:
         stored = pool.submit(store.compact, facts)

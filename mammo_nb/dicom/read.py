@@ -38,6 +38,7 @@ from pydicom.sequence import Sequence
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
 from pydicom.pixels import get_decoder
+from pydicom.tag import Tag
 from pydicom.uid import UID, ExplicitVRLittleEndian, UID_dictionary
 
 from ..core.settings import MammoError
@@ -78,6 +79,9 @@ def _plain(e):
 # %% ../../nbs/dicom/00_read.ipynb #fe74d4aa
 _MOST = 4 << 20  # bytes of one value or sequence; the longest genuine ones, a volume's frame groups, have some hundred kB
 
+@lru_cache(None)
+def _tag_of(keyword): return Tag(tag_for_keyword(keyword))  # an unknown one raises
+
 def get_value(
     ds: Dataset,  # a header or a sequence item
     keyword: str,  # DICOM keyword, like `'Rows'`
@@ -85,14 +89,13 @@ def get_value(
 ):
     "The element's value, or `default`; never raises."
     try:
-        tag = tag_for_keyword(keyword)
-        if tag is None: return default
-        v = ds.get_item(tag)
+        v = ds.get_item(_tag_of(keyword))
+        if v is None: return default
         if isinstance(v, RawDataElement):  # not converted yet: pydicom may warn while it does
             if len(v.value or b'') > _MOST and 'LUT' not in keyword: return default
             with warnings.catch_warnings():
                 warnings.simplefilter('ignore')
-                v = ds[tag]
+                v = ds[v.tag]
         v = v.value
     except Exception: return default
     return default if v is None or (hasattr(v, '__len__') and len(v) == 0) else v
