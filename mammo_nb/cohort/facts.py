@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FACTS', 'FACTS_VERSION', 'MAX_FRAMES', 'MAX_BAD', 'AT_ONCE', 'PART_ROWS', 'PART_SECONDS', 'GROUP_FILES', 'FEWEST',
-           'image_id', 'pseudonym', 'known_key', 'cohort_key', 'cohort_tag', 'patient_pseudonym', 'patient_of',
+           'AHEAD', 'image_id', 'pseudonym', 'known_key', 'cohort_key', 'cohort_tag', 'patient_pseudonym', 'patient_of',
            'header_facts', 'not_an_image', 'read_facts', 'HeaderCache', 'read_many', 'FactStore', 'collect_facts',
            'with_content']
 
@@ -21,6 +21,7 @@ import struct
 import time
 import uuid
 import warnings
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -108,7 +109,8 @@ def _raw(ds, keyword):
 
 def _word(ds, keyword): return next(iter(get_text(ds, keyword)), '')
 
-_is_uid = re.compile(r'(?![0-9]{1,2}[.][0-9]{1,2}[.]([0-9]{2}){1,2}$)(?=[0-9.]{1,64}$)[0-2]([.][0-9]+)+').fullmatch  # not a date; leading zeros are too common to mind
+_uid_form = r'(?![0-9]{1,2}[.][0-9]{1,2}[.]([0-9]{2}){1,2}$)(?=[0-9.]{1,64}$)[0-2]([.][0-9]+)+'  # not a date; leading zeros are too common to mind
+_is_uid = re.compile(_uid_form).fullmatch
 
 def _uid(ds, keyword, key):
     v = _raw(ds, keyword)
@@ -278,13 +280,14 @@ def _geometry_kind(*raw):
 
 # %% ../../nbs/cohort/05_facts.ipynb #a447414c
 _plain = re.compile(rb'[ !-\[\]-~]*')  # printable ASCII, no backslash
+_is_uid_too = re.compile(_uid_form.encode()).fullmatch
 _date, _count = re.compile(rb'[0-9]{8} ?|'), re.compile(rb'([0-9]{1,6}) ?|')
 _in_patient = re.compile(rb'_(LEFT|RIGHT)_(CC|MLO)(_[0-9]+)?$', re.I)  # what `dicom.views` looks for in a PatientID
 
 def _uid_of(raw):
     raw = raw.rstrip(b'\0 ')
-    if not _plain.fullmatch(raw) or not _is_uid(text := raw.decode()): raise Unusual
-    return text
+    if not _is_uid_too(raw): raise Unusual
+    return raw.decode()
 
 def _text_of(raw):
     raw = raw.rstrip(b'\0 ')
@@ -315,12 +318,12 @@ class HeaderCache:
         self.wanted = frozenset(_tag.values()) | self.kind
         self.usual = not ({*_own, *_geometry, *_groups, *_never} & set(keep)) and len(kept) == len(keep)
         self.deciding, memo = _Tags(self.kind), functools.lru_cache(1 << 15)
-        self.own = dict(sop_uid=_uid_of, series_uid=memo(_uid_of), study_uid=memo(_uid_of), accession=memo(self._accession), patient=memo(self._patient), year=memo(_year_of),
-                        frames=memo(_frames_of))
+        self.own, self.series, self.study = (*_who, 'year', 'frames'), memo(_uid_of), memo(self._study)
 
-    def _accession(self, raw): return pseudonym(self.key, v, 'accession') if (v := _text_of(raw)) else None
-
-    def _patient(self, raw): return patient_pseudonym(_text_of(raw), self.key)
+    def _study(self, uid, accession, patient, date, frames):
+        "What its images share"
+        accession = pseudonym(self.key, v, 'accession') if (v := _text_of(accession)) else None
+        return _uid_of(uid), accession, patient_pseudonym(_text_of(patient), self.key), _year_of(date), _frames_of(frames)
 
 @functools.lru_cache(1 << 15)
 def _view_in_patient(raw): return (m := _in_patient.search(raw.rstrip(b'\0 '))) and m.groups()[:2]
@@ -358,7 +361,7 @@ def look(
     out = []
     for i, (ok, syntax, kind, geo, values) in enumerate(zip(usual.tolist(), p.syntax, kinds, geometry, own)):
         try: out.append(((syntax, kind, _geometry_kind(*geo), _view_in_patient(values[4]), _anatomy(p, i) if i in grouped else None),
-                         tuple(f(v) for f, v in zip(self.own.values(), values))) if ok else None)
+                         (_uid_of(values[0]), self.series(values[1]), *self.study(*values[2:]))) if ok else None)
         except (Unusual, struct.error, IndexError): out.append(None)
     return p, out
 
@@ -464,7 +467,7 @@ def _elements(p, i):
 def _frame(rows): return pl.DataFrame(rows, schema=FACTS, orient='row')
 
 def read_many(
-    items: list[tuple] | pl.DataFrame,  # `(path, bytes, mtime_ns, ctime_ns)` of files, paths relative to `root`
+    items: Iterable[tuple],  # `(path, bytes, mtime_ns, ctime_ns)` of files, paths relative to `root`
     root: str,  # the cohort's folder
     key: bytes,  # the cohort's
     keep: tuple[str, ...] = (),  # see `header_facts`
@@ -473,10 +476,10 @@ def read_many(
     max_depth: int = MAX_DEPTH,  # [engine]
 ) -> tuple[pl.DataFrame, list[dict]]:  # `FACTS`, a row per item in their order; and the archives among them, with `members`
     "Reads the headers of many files. Raises only what ends the whole run."
-    if isinstance(items, pl.DataFrame): items = items.select(SEEN_AS).rows()
-    cache, archives, rows = _cache(key, keep, max_pixels), [], []
+    items, cache, archives, rows = list(items), _cache(key, keep, max_pixels), [], []
     if len(cache.known) > cache.most: cache.forget()
-    files = {i: source_path(root, path) for i, (path, *_) in enumerate(items) if '!/' not in path}
+    at = os.path.join(root, '')
+    files = {i: at + path if '\\x' not in path else source_path(root, path) for i, (path, *_) in enumerate(items) if '!/' not in path}
     quick = _seen_before(files, [size for _, size, *_ in items], cache)
     short, long = sorted(quick), [i for i in range(len(items)) if i not in quick]
     for i in long:
@@ -544,20 +547,27 @@ class FactStore:
 
 # %% ../../nbs/cohort/05_facts.ipynb #d5aaf8e5
 GROUP_FILES, FEWEST = 2500, 400  # a walk in step gains by company
+AHEAD = .1  # seconds to look for more before the next group is sent
 
 def _portions(found, workers, progress):
-    "Yields groups from an iterator of frames: small ones at first, so that everybody soon has work; then shares of what was found and waits"
-    ahead, goal, n = _items(()), FEWEST, 0
-    while True:
-        while len(ahead) < goal and (more := next(found, None)) is not None: ahead, n = pl.concat([ahead, more]), n + len(more)
-        if len(ahead) < goal: progress.total = n
-        if not len(ahead): return
-        size = min(max(FEWEST, len(ahead) // (2 * workers)), GROUP_FILES)
-        yield ahead[:size]
-        ahead, goal = ahead[size:], min(2 * goal, 4 * workers * GROUP_FILES)
+    "Yields groups from an iterator of items: a small one for each worker, so that all have work while more is looked for; in the end equal ones"
+    ahead, n, more = [], 0, True
+    for k in itertools.count():
+        until = time.monotonic() + AHEAD if k >= workers else 0
+        while more and (len(ahead) < FEWEST or len(ahead) < 4 * workers * GROUP_FILES and time.monotonic() < until):
+            ahead += (more := list(itertools.islice(found, FEWEST)))
+            n += len(more)
+        if not more: break
+        size = min(len(ahead), GROUP_FILES)
+        yield deque(ahead[:size])  # Dask would look into every item of a list
+        del ahead[:size]
+    progress.total = n
+    parts = lambda size: -(-len(ahead) // size)
+    k = max(parts(GROUP_FILES), min(parts(FEWEST), workers * parts(workers * GROUP_FILES)))
+    yield from (deque(ahead[len(ahead) * i // k:len(ahead) * (i + 1) // k]) for i in range(k))
 
 def _read_all(read, found, client, timeout, desc):
-    "Yields what `read_many` gives, `FACTS` and archives, for all rows of the frames"
+    "Yields what `read_many` gives, `FACTS` and archives, for all items"
     workers = max(1, len(client.scheduler_info(n_workers=-1)['workers'])) if client else 1
     progress = Progress(desc)
     portions = _portions(found, workers, progress)
@@ -568,22 +578,24 @@ def _read_all(read, found, client, timeout, desc):
             progress.update(len(group))
 
 def _one_by_one(read, group, client, timeout):
-    for one, got, error in map_files(read, (group[i:i + 1] for i in range(len(group))), client, chunk=1, timeout=timeout):
-        yield got if not error else (_frame([dict(one.row(0, named=True), kind='bad', reason=error)]), [])
+    for (one,), got, error in map_files(read, ([item] for item in group), client, chunk=1, timeout=timeout):
+        yield got if not error else (_frame([dict(zip(SEEN_AS, one), kind='bad', reason=error)]), [])
 
 # %% ../../nbs/cohort/05_facts.ipynb #0bbaaad6
 _item = {k: FACTS[k] for k in (*SEEN_AS, 'archive')}
 
 def _items(files):
     "Files as a frame, to be read or known"
-    path, size, at, changed, *_ = zip(*files) if files else ((),) * 4
+    path, size, at, changed, *_ = tuple(zip(*files)) or ((),) * 4
     return pl.DataFrame(dict(path=path, bytes=size, mtime_ns=at, ctime_ns=changed, archive=[None] * len(path)), schema=_item)
 
 def _closed(files):
-    "Rows of those that must not be opened"
-    return _frame([dict(zip(SEEN_AS, f), kind='other' if f.path.endswith('/') else 'bad', reason=f.problem, again=True) for f in files if f.problem])
+    "Rows of what must not be opened"
+    return _frame([dict(zip(SEEN_AS, f), kind='other' if f.path.endswith('/') else 'bad', reason=f.problem, again=True) for f in files])
 
-def _unknown(items, known): return items.join(known, on=SEEN_AS, how='anti', maintain_order='left') if len(known) else items
+def _unknown(items, known):
+    "Those not known, one by one; where something is known, all are listed first"
+    return _items(items).join(known, on=SEEN_AS, how='anti', maintain_order='left').select(SEEN_AS).iter_rows() if len(known) else items
 
 def _matching(known, items):
     "Facts of those items that have not changed since"
@@ -612,14 +624,12 @@ def collect_facts(
     retry: bool = False,  # read again what could not be used
 ) -> pl.DataFrame:  # `FACTS` of all files, of archives and of their members
     "Reads what is new or changed, and remembers it as it goes."
-    known, archives, new, passing, listed = store.load(bad=not retry), [], [], [], []
+    known, archives, new, passing, closed, listed = store.load(bad=not retry), [], [], [], [], []
 
     def found():
-        some = iter(files)
-        while block := list(itertools.islice(some, None if len(known) else FEWEST)):  # all at once where they are compared
-            passing.append(_closed(block))
-            listed.append(_items([f for f in block if not f.problem]))
-            yield _unknown(listed[-1], known)
+        for f in files:
+            (closed if f.problem else listed).append(f)
+            if not f.problem: yield f[:len(SEEN_AS)]
 
     def keep(facts):
         if facts['again'].any():
@@ -628,25 +638,25 @@ def collect_facts(
         new.append(facts)
         store.add(facts)
 
-    def go(frames, desc, archive=None):
-        for facts, holding in _read_all(read, frames, client, timeout, desc):
+    def go(todo, desc, archive=None):
+        for facts, holding in _read_all(read, todo, client, timeout, desc):
             archives.extend(holding)
             facts = facts.filter(pl.col('kind') != 'archive') if holding else facts
             keep(facts.with_columns(archive=pl.lit(archive, pl.String)) if archive else facts)
 
     try:
-        go(found(), 'Reading headers')
-        items = pl.concat([_items(()), *listed])
+        go(_unknown(found(), known), 'Reading headers')
+        items = _items(listed if archives or len(known) else ())
         for a in list(archives):
             members, twice = _members(a, items)
-            go(iter([_unknown(members, known)]), 'Reading archives', a['path'])
+            go(_unknown(members.select(SEEN_AS).iter_rows(), known), 'Reading archives', a['path'])
             keep(twice)
             items = pl.concat([items, members, twice.select(list(_item))])
             if not any((f['archive'] == a['path']).any() for f in passing): keep(_frame([{k: v for k, v in a.items() if k in FACTS}]))
     except BaseException:
         store.flush()
         raise
-    return _by_path(pl.concat([_frame([]), *new, *_still(known, items), *passing]))
+    return _by_path(pl.concat([*new, *_still(known, items), *passing, _closed(closed)]))
 
 # %% ../../nbs/cohort/05_facts.ipynb #7204268d
 def _still(known, items):
