@@ -233,23 +233,43 @@ def test_what_people_would_contradict_loses_its_weight():
     wrong = [0, 3, 10, 11]
     m, y, at = looked_at(wrong)
     h = header_labels(m, unchecked(m), S).filter(~pl.col('image_id').is_in(y['image_id'].implode()))
-    d = doubted(h, y, at, S)
+    d = doubted(h, y, at, W._patients(m), S)
     assert d.drop('weight_mag').equals(h.drop('weight_mag')) and (d['weight_mag'] <= h['weight_mag']).all() and (d['weight_mag'] >= 0).all()
     ratio = (d['weight_mag']/h['weight_mag']).to_numpy()
     assert ratio[wrong].max() < .2 and np.delete(ratio, wrong).min() > .75
     # silence and other findings, of which people have said nothing, are left alone
     quiet = header_labels(m, unchecked(m), S, silence=True).with_columns(weight_biopsy=.3, has_biopsy_tool=pl.lit(0, pl.Int8))
-    assert (doubted(quiet, y, at, S)['weight_biopsy'] == .3).all()
+    assert (doubted(quiet, y, at, W._patients(m), S)['weight_biopsy'] == .3).all()
 
 
-def test_who_knows_little_doubts_little():
+def test_headers_find_each_other_out():
+    "without any answer of people; but a single yes proves little, and a patient's own images are no witnesses"
+    wrong = [0, 3, 10, 11]
+    m, y, at = looked_at(wrong)
+    h, who = header_labels(m, unchecked(m), S).filter(~pl.col('image_id').is_in(y['image_id'].implode())), W._patients(m)
+    ratio = lambda h, who, y=y.head(0): (doubted(h, y, at, who, S)['weight_mag']/h['weight_mag']).to_numpy()
+    alone = ratio(h, who)
+    assert alone[wrong].max() < .2 and np.delete(alone, wrong).min() > .75
+    few = h.filter((pl.col('has_mag_view') == 0) | (pl.col('image_id') == m['image_id'][6]))   # one yes that is right, and two no that are wrong
+    assert ratio(few, who).min() > .5 and np.sort(ratio(few, who, y))[1] < .1   # who knows little doubts little, until people come
+    assert doubted(h, y, at, dict.fromkeys(at[0], 'p'), S).equals(h)   # all one patient
+    yes = h.filter(has_mag_view=1)
+    assert doubted(yes, y.head(0), at, who, S).equals(yes)   # an answer of each kind is needed
+    assert doubted(h, y, (at[0][60:], at[1][60:]), who, S).equals(h)   # no picture, no look
+
+
+def test_nobody_judges_what_has_taught_it(monkeypatch):
+    "neither a statement nor another of the same patient"
     m, y, at = looked_at([0, 3, 10, 11])
-    h = header_labels(m, unchecked(m), S).filter(~pl.col('image_id').is_in(y['image_id'].implode()))
-    least = lambda y: (doubted(h, y, at, S)['weight_mag']/h['weight_mag']).min()
-    yes, no = y.filter(has_mag_view=1), y.filter(has_mag_view=0)
-    for few in (y.head(0), yes, no): assert doubted(h, few, at, S).equals(h)   # an answer of each kind is needed
-    assert least(pl.concat([yes.head(1), no])) > .3 > least(y)   # one yes among twenty-seven: hardly a doubt
-    assert doubted(h, y, (at[0][60:], at[1][60:]), S).equals(h)   # no picture, no look
+    who, lessons = {i: f'p{k//3}' for k, i in enumerate(at[0])}, []
+    class Spy(W.LightHead):
+        def fit(self, X, Y, weights): self.seen = X; return super().fit(X, Y, weights)
+        def predict(self, X): lessons.append((self.seen, X)); return super().predict(X)
+    monkeypatch.setattr(W, 'LightHead', Spy)
+    doubted(header_labels(m, unchecked(m), S), y, at, who, S)
+    of = {tuple(x): who[i] for i, x in zip(*at)}
+    assert len(lessons) == 5 and sum(len(b) for _, b in lessons) == m.height
+    assert not any({of[tuple(x)] for x in a} & {of[tuple(x)] for x in b} for a, b in lessons)
 
 
 def test_the_second_look_in_the_training_rows():
@@ -266,7 +286,9 @@ def test_the_second_look_in_the_training_rows():
     asked.clear()
     rows = with_headers(frame, h, m, few, look=look)
     assert len(asked) == 20 + 20 and rows['weak'].sum() <= 20
-    assert not any(np.isnan(x) for x in rows['weight_mag']) and with_headers(frame.head(0), h, m, S, look=look).equals(with_headers(frame.head(0), h, m, S))
+    assert not any(np.isnan(x) for x in rows['weight_mag'])
+    first = dict(with_headers(frame.head(0), h, m, S, look=look).select('image_id', 'weight_mag').iter_rows())   # before anybody has pressed a key
+    assert all(first.get(i, 0) < .2*first[m['image_id'][1]] for i in m['image_id'].to_list()[0:4:3])
 
 
 def test_what_is_usual_does_not_depend_on_which_were_looked_at():
@@ -306,11 +328,11 @@ def test_training_rows():
     assert with_headers(frame.head(0), h, m, S).height == 5
 
 
-def test_the_bound_keeps_a_third_for_yes():
+def test_the_bound_keeps_a_sixth_for_yes():
     m = toy_manifest(['magnification']*10 + ['contact']*90)
     of = lambda worth: W._bounded(header_labels(m, unchecked(m), S), toy.settings_with(headers=dict(worth=worth))).group_by('has_mag_view').agg(pl.col('weight_mag').sum())
     share = lambda worth: [round(x, 6) for x in of(worth).sort('has_mag_view', descending=True)['weight_mag']]
-    assert share(12) == [4, 8] and share(60) == [9, 51] and share(1000) == [9, 81]   # all yes fit into a third of 60; nothing is ever scaled up
+    assert share(12) == [2, 10] and share(60) == [9, 51] and share(1000) == [9, 81]   # all yes fit into a sixth of 60; nothing is ever scaled up
     assert np.isclose(W._bounded(header_labels(m.head(10), unchecked(m), S), toy.settings_with(headers=dict(worth=6)))['weight_mag'].sum(), 6)   # no `no`, no share for it
 
 
@@ -465,14 +487,18 @@ def test_the_saving_that_the_notebook_shows():
     if not kept.exists(): pytest.skip('nbs/data/weak.parquet is not there; tests/benchmarks/weak.py makes it')
     from mammo_nb.learn.replay import labels_needed
     df = pl.read_parquet(kept).filter(encoder='imagenet')
-    assert df['seed'].n_unique() == 6   # cohorts, each the mean of two replays
+    assert df['seed'].n_unique() == 10   # cohorts, each the mean of two replays
     need = lambda ours, alone, score='accuracy': one(labels_needed(df.filter(pl.col('strategy').is_in([ours, alone])), score, 300, alone), strategy=ours)
-    chance, margin = need('headers+random', 'random'), need('headers+margin', 'margin')
-    assert chance['ratio'] <= .1 and .7 < chance['high'] < .8 and need('headers+random', 'random', 'balanced')['high'] == 0 and need('headers+random', 'random', 'auc')['high'] <= .3
-    assert need('headers+margin', 'random')['high'] <= .5   # the whole interval, against 300 images that chance picked
-    assert .2 < need('margin', 'random')['ratio'] < .3   # margin alone does not need many more
-    # the bar of half the labels is missed where margin asks, at the ceiling: within three in ten thousand of people's 300, which all labels together do not exceed
-    best = df.filter(strategy='headers+margin').group_by('labels').agg(pl.col('accuracy').mean())['accuracy'].max()
-    assert margin['ratio'] == np.inf and margin['target'] - .00035 < best < margin['target'] and df.filter(strategy='all')['accuracy'].mean() < margin['target']
+    best = lambda strategy: df.filter(strategy=strategy).group_by('labels').agg(pl.col('accuracy').mean()).sort('labels')['accuracy']
+    for score in ('accuracy', 'balanced'): assert need('headers+random', 'random', score)['high'] == need('headers+margin', 'random', score)['high'] == 0   # no label at all
+    assert need('headers+random', 'random', 'auc')['ratio'] <= .25 and need('headers+random', 'random', 'auc')['high'] == np.inf
+    assert .15 < need('margin', 'random')['ratio'] < .25   # margin alone does not need many more
+    # the bar of half the labels is missed where margin asks, at the ceiling: people's 300 reach more than all labels together; what headers give is below it
+    margin, half = need('headers+margin', 'margin'), best('headers+margin')[6]
+    assert .6 < margin['ratio'] < .7 and margin['high'] == np.inf and margin['target'] - .0007 < half < margin['target'] and df.filter(strategy='all')['accuracy'].mean() < margin['target']
+    assert (best('headers+margin')[1:5] > best('margin')[:4]).all() and (np.diff(best('headers+margin')[:2]) > 0).all()   # nor does the first batch cost accuracy
+    assert need('headers+margin', 'margin', 'balanced')['ratio'] <= .3 and need('headers+margin', 'margin', 'auc')['ratio'] == np.inf
     df = pl.read_parquet(kept).filter(encoder='hospital')
-    assert need('headers+margin', 'margin')['ratio'] <= .35 and need('headers+margin', 'margin')['high'] <= .6
+    assert need('headers+random', 'random')['ratio'] == 0 and need('headers+random', 'random')['high'] <= .25
+    assert need('headers+margin', 'margin')['ratio'] <= .2 and .9 < need('headers+margin', 'margin')['high'] < 1 and need('headers+margin', 'margin', 'auc')['ratio'] == np.inf
+    assert need('headers+margin', 'random')['high'] <= .05

@@ -1,10 +1,10 @@
 """How many labels headers save: phantom cohorts, each labelled twice with and twice without them, from the DICOM files on: the figures of nbs/learn/14_weak.ipynb.
 
-    python tests/benchmarks/weak.py --cohorts 6 --out nbs/data/weak.parquet
+    python tests/benchmarks/weak.py --out nbs/data/weak.parquet
 
 A cohort is 250 patients of sites a, b, c; 15 % of the images show something; the encoders are those of tests/benchmarks/replay.py. Intervals are over cohorts (the mean of a
-cohort's replays counts as one), since one cohort's hold-out decides more than what is drawn from it. Nothing was chosen on any of them: the second look and the third for yes
-were developed on cohorts 401 to 403, the older constants on 202; 501 to 510 are where the method before that missed its bar, and 527 to 530 nobody has looked at yet. What headers
+cohort's replays counts as one), since one cohort's hold-out decides more than what is drawn from it. Nothing was chosen on any of them: the look across patients and the sixth
+for yes were developed on cohorts 401 to 406, older constants on 202; 501 to 510 and 521 to 526 are where the methods before missed their bar. From 537 on nobody has looked. What headers
 say about magnification is what the scan read from the files: site a always says it, b in 60 %, c never, and where it is not said some machines write "contact" all the same. About
 tools only one make of these machines can say anything, so that is replayed with the sites' habits: each image with a tool has a code with probability 1, .6 and 0. At site b a
 fifth of all codes is wrong. About four minutes of one core per cohort, nearly all of it for the embeddings.
@@ -80,7 +80,7 @@ def main():
     a = argparse.ArgumentParser(description=__doc__.split('\n')[0])
     a.add_argument('--work', type=Path, default=R.ROOT/'outputs'/'replay', help='where cohorts and embeddings are kept, as in replay.py')
     a.add_argument('--out', type=Path, required=True)
-    a.add_argument('--seed', type=int, default=521, help='of the first cohort')
+    a.add_argument('--seed', type=int, default=527, help='of the first cohort')
     a.add_argument('--cohorts', type=int, default=10)
     a.add_argument('--replays', type=int, default=2, help='of each cohort')
     a.add_argument('--patients', type=int, default=250)
