@@ -9,6 +9,7 @@ __all__ = ['RULES', 'FINDINGS', 'RELEVANT', 'Rule', 'magnification_factor', 'hea
 # %% ../../nbs/cohort/02_headers.ipynb #8a26912e
 import re
 from collections.abc import Callable
+from functools import lru_cache
 from typing import NamedTuple
 
 from pydicom.dataset import Dataset
@@ -142,6 +143,12 @@ def known_name(
     t = ' '.join(str(text).upper().split())
     return next((n for n, p in table.items() if re.search(p, t)), None) if t else ''
 
-def known_vendor(ds): return known_name(_first(ds, 'Manufacturer'), _vendors)
+@lru_cache(10_000)
+def _vendor(text): return known_name(text, _vendors)
 
-def known_model(ds): return known_name(_first(ds, 'ManufacturerModelName'), _models)
+@lru_cache(10_000)
+def _model(text): return known_name(text, _models)
+
+def known_vendor(ds): return _vendor(_first(ds, 'Manufacturer'))
+
+def known_model(ds): return _model(_first(ds, 'ManufacturerModelName'))

@@ -359,7 +359,7 @@ def _sweep(path):
 def _write_sealed(df, path, meta):
     blank = new_seal()
     out = io.BytesIO()  # not to the file at once: on a full disk Polars speaks of thrift
-    df.write_parquet(out, metadata=meta | {_SEAL: blank})
+    df.write_parquet(out, metadata=meta | {_SEAL: blank}, compression_level=1)  # of zstd: sooner done and no larger than 3
     path.write_bytes(out.getbuffer())
     put_seal(path, blank)
 
