@@ -59,6 +59,23 @@ def test_kept_texts(phantoms, keep):
     assert quick == slow and any(r.get('kept') for r in slow)
 
 
+def test_what_kinds_share_is_read_in_its_own_character_set(tmp_path):
+    "the same bytes are another hospital in Latin-2, and the second kind finds them converted"
+    for k, charset in enumerate(('ISO_IR 100', 'ISO_IR 101', 'ISO_IR 100')):
+        ds = Dataset()
+        ds.SpecificCharacterSet, ds.SOPInstanceUID, ds.StudyInstanceUID, ds.SeriesInstanceUID = charset, f'1.2.3.{k}', '1.2.3', '1.2.4'
+        ds.SOPClassUID, ds.Rows, ds.Columns, ds.Modality = '1.2.840.10008.5.1.4.1.1.1.2', 8, 8, 'MG'
+        ds.InstitutionName, ds.SeriesDescription, ds.BitsAllocated, ds.PixelData = 'K', f'kind {k}', 8, bytes(64)
+        ds['PixelData'].VR, ds.file_meta = 'OB', pydicom.dataset.FileMetaDataset()
+        ds.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        ds.save_as(tmp_path/f'{k}.dcm', enforce_file_format=True)
+        raw = (tmp_path/f'{k}.dcm').read_bytes()
+        (tmp_path/f'{k}.dcm').write_bytes(raw.replace(b'LO\x02\0K ', b'LO\x02\0K\xe6'))
+    slow, quick = both(sorted(tmp_path.iterdir()), tmp_path)
+    assert quick == slow and len(cache().known) == 3
+    assert slow[0]['institution'] == slow[2]['institution'] != slow[1]['institution']
+
+
 @pytest.mark.parametrize('folder', ['mg', 'hostile'])
 def test_real_and_hostile_files(folder):
     root = SHARED/folder

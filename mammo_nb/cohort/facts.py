@@ -32,6 +32,7 @@ from pydicom.datadict import tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.filereader import read_dataset
+from pydicom.tag import Tag
 from pydicom.uid import UID
 
 from .files import SEEN_AS, Found, content_hash, source_path, unreachable
@@ -315,7 +316,7 @@ class HeaderCache:
         self.known, self.rows, self.values, self._table = {}, [], {}, None
         kept = [t for k in keep if (t := tag_for_keyword(k)) is not None]
         self.kind = frozenset([_tag[k] for k in _what] + [t for k in kept if (t := tag_number(k)) not in _tag.values()]) | _ge
-        self.wanted = frozenset(_tag.values()) | self.kind
+        self.wanted, self.shared = frozenset(_tag.values()) | self.kind, self.kind - _ge
         self.usual = not ({*_own, *_geometry, *_groups, *_never} & set(keep)) and len(kept) == len(keep)
         self.deciding, memo = _Tags(self.kind), functools.lru_cache(1 << 15)
         self.own, self.series, self.study = (*_who, 'year', 'frames'), memo(_uid_of), memo(self._study)
@@ -372,16 +373,22 @@ def _anatomy(p, i):
     return tuple(first_item(Peek(p.buf, p.syntax[i], found), _tag[k], _tag['FrameAnatomySequence']) for k in _groups)
 
 # %% ../../nbs/cohort/05_facts.ipynb #7e6a4188
+class _Elements(dict):
+    "Elements by tag, with as much of a `Dataset`'s manners as the facts ask for, in half the time"
+    def get_item(self, tag): return self.get(tag if isinstance(tag, int) else Tag(tag))
+    def __contains__(self, keyword): return self.get_item(keyword) is not None
+
 @patch
-def convert(self: HeaderCache, ds: Dataset):
-    "Gives a header's elements their values; those that another kind had just so are taken from there, since pydicom is slow at it."
-    charset = getattr(ds.get_item(_charset), 'value', None)
-    for tag in list(ds.keys()):
+def converted(self: HeaderCache, ds: Dataset) -> _Elements:
+    "A header's elements with their values; what another kind had just so is taken from there, since pydicom takes its time."
+    out, charset = _Elements(), getattr(ds.get_item(_charset), 'value', None)
+    out.private_block = ds.private_block
+    for tag in ds.keys():
         raw = ds.get_item(tag)
-        if tag.is_private or not isinstance(raw, RawDataElement) or tag_number(tag) not in self.kind: continue
-        key = tag, raw.VR, raw.value, raw.is_implicit_VR, charset
-        if key in self.values: ds[tag] = self.values[key]
-        else: self.values[key] = ds[tag]
+        key = (tag, raw.VR, raw.value, charset) if isinstance(raw, RawDataElement) and tag_number(tag) in self.shared else None
+        out[tag] = self.values[key] if key in self.values else ds[tag]
+        if key: self.values[key] = out[tag]
+    return out
 
 @patch
 def meet(
@@ -397,7 +404,7 @@ def meet(
             warnings.simplefilter('ignore')
             ds = read_dataset(io.BytesIO(elements), *plain)
             if ds.original_encoding != plain: return None
-            self.convert(ds)
+            ds = self.converted(ds)
             ds.file_meta = Dataset()
             ds.file_meta.TransferSyntaxUID = UID(kind[0].decode())
             row = header_facts(ds, self.key, self.keep)
@@ -430,19 +437,20 @@ def _beginning(file, n):
     try: return read_start(file, n)
     except (OSError, ValueError, ReadError): return b''
 
-AT_ONCE = 20 << 20  # bytes of headers in memory
+AT_ONCE = 40 << 20  # bytes of headers in memory
 
 def _seen_before(files, sizes, cache):
     "`{place: (number of the kind, own facts)}` of those files that go the short way"
     got, todo, begun = {}, list(files), None
     for n in READS if cache.usual and todo else ():
         more, rest = [], []
-        for part in np.array_split(np.arange(len(todo)), -(-len(todo) * n // AT_ONCE)):
-            bufs = [_beginning(files[todo[i]], n) for i in part]
-            p, looked = cache.look(bufs, begun and begun.pick(part))
-            for i, k, own in cache.numbered(p, looked, [sizes[todo[i]] for i in part]): got[todo[part[i]]] = k, own
+        for places in np.array_split(np.arange(len(todo)), -(-len(todo) * n // AT_ONCE)):
+            part = todo[places[0]:places[-1] + 1]
+            bufs = [_beginning(files[i], n) for i in part]
+            p, looked = cache.look(bufs, begun and begun.pick(places))
+            for i, k, own in cache.numbered(p, looked, [sizes[i] for i in part]): got[part[i]] = k, own
             longer = [i for i, k in enumerate(p.short.tolist()) if len(bufs[k]) == n]
-            more += [todo[part[k]] for k in p.short[longer]]
+            more += [part[k] for k in p.short[longer].tolist()]
             rest.append(p.begun.pick(longer))
         if not more: break
         todo, begun = more, Begun.join(rest)

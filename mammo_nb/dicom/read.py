@@ -161,8 +161,8 @@ def read_start(
     path: str | Path,  # a file
     n: int,  # bytes
 ) -> bytes:  # the first `n`, fewer where the file is shorter
-    "A file's beginning, by three calls of the system. Raises as `open_plain` does."
-    fd = _plain_fd(path)
+    "A file's beginning, by three calls of the system. Never waits; raises `OSError` where nothing can be opened, or not read at a place, as a pipe."
+    fd = os.open(path, _to_read)
     try: return os.pread(fd, n, 0) if hasattr(os, 'pread') else os.read(fd, n)
     finally: os.close(fd)
 

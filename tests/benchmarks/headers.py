@@ -184,6 +184,7 @@ def rows(repeat=5, small=False):
             m = min(n, 2000)
             t = medians(_one_process(folder, m), repeat)
             out.append(_row(f'parser alone, one core, {name}', 'pydicom stop_before_pixels', t['dcmread'], t['walk'], m))
+            out.append(_row(f'header to facts, one core, {name}', 'pydicom stop_before_pixels', t['dcmread'], t['facts'], m))
             out.append(_row(f'header to facts, one core, {name}', 'pydicom stop_before_pixels, 25 attributes, DataFrame', t['attributes'], t['facts'], m))
             t = medians(dict(read=lambda: read_headers(folder, workers), table=lambda: researchers_table(folder, workers, d/'table.parquet'), ours=ours), repeat)
             out.append(_row(f'scan, folder to manifest, {name}', 'pydicom stop_before_pixels alone, joblib, 2 processes', t['read'], t['ours'], n))
