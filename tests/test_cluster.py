@@ -198,6 +198,28 @@ def test_a_file_that_crashes_or_hangs_costs_only_itself(cluster, where, guilty, 
     assert bad['crash'].startswith('brought the reading process down' if where == 'by hand' else ('brought the reading process down', 'took longer'))
 
 
+@pytest.mark.parametrize('again', [True, False])
+def test_a_task_that_dask_loses_is_not_waited_for(monkeypatch, again):
+    "a future that no worker has, with idle workers; a slow one is waited for"
+    from distributed import Future
+    monkeypatch.setattr(E, 'ASK', .4)
+    s = S.model_copy(update=dict(engine=S.engine.model_copy(update=dict(workers=2))))
+    with engine(s) as client:
+        submit, sent = client.submit, []
+        def lossy(*args, **kw):
+            sent.append(args)
+            return Future('nobody-has-it', client) if len(sent) == 2 else submit(*args, **kw)
+        monkeypatch.setattr(client, 'submit', lossy)
+        got = sorted(map_files(nap, [.1, 3., .2, .3, .4], client, chunk=1, again=again))
+    assert [g[0] for g in got] == [.1, .2, .3, .4, 3.] and sum(bool(error) for *_, error in got) == (not again)
+    assert len(sent) == 5 + again
+
+
+def nap(seconds):
+    time.sleep(seconds)
+    return seconds
+
+
 def test_nothing_is_lost_among_many_small_tasks(cluster):
     with engine(S, cluster.address) as client:
         assert sorted(r for _, r, _ in map_files(operator.neg, range(800), client, chunk=2)) == list(range(-799, 1))
