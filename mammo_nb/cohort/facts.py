@@ -372,7 +372,7 @@ def _anatomy(p, i):
     found = {t: place for t, *place in zip(*(x[mine].tolist() for x in (p.tag, p.start, p.value, p.stop)))}
     return tuple(first_item(Peek(p.buf, p.syntax[i], found), _tag[k], _tag['FrameAnatomySequence']) for k in _groups)
 
-# %% ../../nbs/cohort/05_facts.ipynb #7e6a4188
+# %% ../../nbs/cohort/05_facts.ipynb #6c20b1f2
 class _Elements(dict):
     "Elements by tag, with as much of a `Dataset`'s manners as the facts ask for, in half the time"
     def get_item(self, tag): return self.get(tag if isinstance(tag, int) else Tag(tag))
@@ -390,6 +390,7 @@ def converted(self: HeaderCache, ds: Dataset) -> _Elements:
         if key: self.values[key] = out[tag]
     return out
 
+# %% ../../nbs/cohort/05_facts.ipynb #7e6a4188
 @patch
 def meet(
     self: HeaderCache,
