@@ -487,8 +487,7 @@ def read_many(
     "Reads the headers of many files. Raises only what ends the whole run."
     items, cache, archives, rows = list(items), _cache(key, keep, max_pixels), [], []
     if len(cache.known) > cache.most: cache.forget()
-    at = os.path.join(root, '')
-    files = {i: at + path if '\\x' not in path else source_path(root, path) for i, (path, *_) in enumerate(items) if '!/' not in path}
+    files = {i: source_path(root, path) for i, (path, *_) in enumerate(items) if '!/' not in path}
     quick = _seen_before(files, [size for _, size, *_ in items], cache)
     short, long = sorted(quick), [i for i in range(len(items)) if i not in quick]
     for i in long:
@@ -561,8 +560,8 @@ AHEAD = .1  # seconds to look for more before the next group is sent
 def _portions(found, workers, progress):
     "Yields groups from an iterator of items: a small one for each worker, so that all have work while more is looked for; in the end equal ones"
     ahead, n, more = [], 0, True
-    for k in itertools.count():
-        until = time.monotonic() + AHEAD if k >= workers else 0
+    for sent in itertools.count():
+        until = time.monotonic() + AHEAD if sent >= workers else 0
         while more and (len(ahead) < FEWEST or len(ahead) < 4 * workers * GROUP_FILES and time.monotonic() < until):
             ahead += (more := list(itertools.islice(found, FEWEST)))
             n += len(more)

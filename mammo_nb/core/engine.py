@@ -746,7 +746,7 @@ def _finished(queue, client):
             if time.monotonic() - alive > _patience(): raise _no_workers(address)
             idle = idle + 1 if _idle(client) else 0
             if idle < 2: continue  # it may just have been sent
-            with queue.lock: lost, _ = list(queue.futures), queue.futures.clear()
+            with queue.lock: lost, idle, _ = list(queue.futures), 0, queue.futures.clear()
             yield from ((future, None) for future in lost)
 
 # %% ../../nbs/core/01_engine.ipynb #5d1e0a73
